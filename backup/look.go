@@ -1,0 +1,269 @@
+package backup
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	"qmchain/chain"
+	"qmchain/qmp"
+)
+
+// Names of our nodes, objects and jobs in a guest. QEMU takes node names of at most 31 characters.
+const (
+	ourPrefix      = "qmchain-"
+	topPrefix      = "qmchain-top"
+	cbwPrefix      = "qmchain-cbw"
+	snapshotPrefix = "qmchain-snap"
+	fleecePrefix   = "qmchain-fleece"
+	targetPrefix   = "qmchain-tgt"
+)
+
+// view is what one look at a guest has shown.
+type view struct {
+	version qmp.Version
+	status  string
+	guest   chain.GuestIdentity // without the name that the user gave it
+	devices []qmp.BlockInfo
+	nodes   map[string]*node
+	jobs    []qmp.Job
+}
+
+// Kinds of the block graph's nodes.
+const (
+	graphNode    = "block-driver"
+	graphBackend = "block-backend"
+)
+
+// node is one node of the block graph.
+type node struct {
+	name     string
+	driver   string
+	filename string
+	size     int64 // virtual size in bytes
+	info     *qmp.BlockDeviceInfo
+	children map[string]string // edge name ("file", "backing", …) to node name
+	parents  []parent
+}
+
+// parent is who uses a node: another node, a block backend (a guest's device) or a job.
+type parent struct {
+	kind string // graphNode, graphBackend, or a job's
+	name string
+	edge string
+}
+
+// look asks a guest for all that planning and recovery need to know. Nothing is changed.
+func look(ctx context.Context, c *qmp.Client) (*view, error) {
+	v := &view{version: c.Version(), nodes: make(map[string]*node)}
+	var err error
+	status, err := c.QueryStatus(ctx)
+	if err != nil {
+		return nil, err
+	}
+	v.status = status.Status
+	if v.guest, err = lookIdentity(ctx, c); err != nil {
+		return nil, err
+	}
+	if v.devices, err = c.QueryBlock(ctx); err != nil {
+		return nil, err
+	}
+	named, err := c.QueryNamedBlockNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	graph, err := c.BlockGraph(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if v.jobs, err = c.QueryJobs(ctx); err != nil {
+		return nil, err
+	}
+	for i := range named {
+		info := &named[i]
+		v.nodes[info.NodeName] = &node{
+			name: info.NodeName, driver: info.Driver, filename: info.Image.Filename, size: info.Image.VirtualSize,
+			info: info, children: make(map[string]string),
+		}
+	}
+	byID := make(map[uint64]qmp.GraphNode)
+	for _, n := range graph.Nodes {
+		byID[n.ID] = n
+	}
+	for _, e := range graph.Edges {
+		from, to := byID[e.Parent], byID[e.Child]
+		if child := v.nodes[to.Name]; child != nil {
+			child.parents = append(child.parents, parent{from.Type, from.Name, e.Name})
+		}
+		if p := v.nodes[from.Name]; p != nil && from.Type == graphNode {
+			p.children[e.Name] = to.Name
+		}
+	}
+	return v, nil
+}
+
+func lookIdentity(ctx context.Context, c *qmp.Client) (chain.GuestIdentity, error) {
+	var id chain.GuestIdentity
+	uuid, err := c.QueryUUID(ctx)
+	if err != nil {
+		return id, err
+	}
+	// QEMU's answer for a guest without a UUID.
+	if strings.Trim(uuid, "0-") != "" {
+		id.UUID = strings.ToLower(uuid)
+	}
+	if id.VMName, err = c.QueryName(ctx); err != nil {
+		return id, err
+	}
+	if id.VMGenID, err = c.QueryVMGenerationID(ctx); err != nil {
+		return id, err
+	}
+	return id, nil
+}
+
+// Disk is a guest's disk as QEMU has it.
+type Disk struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"virtual_size"` // bytes, as the guest sees it
+	Driver string `json:"format"`       // of the guest's image: "qcow2", "raw", …
+	File   string `json:"file"`         // as QEMU names it; for people only
+	// Left says why the disk can't or shall not be backed up; empty: it can.
+	Left string `json:"left_out,omitempty"`
+
+	device  string // absolute QOM path of the frontend, whose "drive" property names the top node
+	top     string // the node that the device uses
+	below   string // the node that the copy-before-write filter goes onto
+	format  string // the node of the guest's image, which has the bitmaps
+	bitmaps []qmp.DirtyBitmap
+	compat  string // of a qcow2 image: "0.10" can't store bitmaps
+	// switchable is set where the top node is a throttle filter of the guest's own, which blockdev-reopen can switch.
+	switchable bool
+}
+
+// filters are the drivers that pass their child through, so that the guest's image is found below them. zeroinit and
+// alloc-track are Proxmox's.
+var filters = map[string]bool{
+	"throttle": true, "copy-on-read": true, "zeroinit": true, "alloc-track": true, "preallocate": true, "compress": true,
+}
+
+// disks returns the guest's disks, those that are left out too. A node of ours on top means that recovery has not run.
+func (v *view) disks() ([]Disk, error) {
+	var disks []Disk
+	names := make(map[string]string)
+	for i := range v.devices {
+		dev := &v.devices[i]
+		if dev.Inserted == nil {
+			continue // an empty drive
+		}
+		d, err := v.disk(dev)
+		if err != nil {
+			return nil, err
+		}
+		if other, ok := names[d.Name]; ok {
+			return nil, fmt.Errorf("two disks of the guest are called %q: %s and %s", d.Name, other, d.File)
+		}
+		names[d.Name] = d.File
+		disks = append(disks, d)
+	}
+	return disks, nil
+}
+
+func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
+	top := v.nodes[dev.Inserted.NodeName]
+	if top == nil {
+		return Disk{}, fmt.Errorf("device %q: its node %q is not among the named nodes", dev.Device+dev.QDev, dev.Inserted.NodeName)
+	}
+	d := Disk{
+		Name: diskName(dev), Size: dev.Inserted.Image.VirtualSize,
+		device: qomPath(dev.QDev), top: top.name, below: top.name,
+	}
+	image := top
+	for filters[image.driver] {
+		next := v.nodes[image.children["file"]]
+		if next == nil {
+			return Disk{}, fmt.Errorf("disk %s: nothing below the filter %q", d.Name, image.name)
+		}
+		image = next
+	}
+	d.format, d.Driver, d.File = image.name, image.driver, image.filename
+	d.bitmaps, d.compat = image.info.DirtyBitmaps, compatOf(image.info)
+	if top.driver == "throttle" {
+		d.switchable = true
+		d.below = top.children["file"]
+	}
+	switch err := chain.CheckDiskName(d.Name); {
+	case err != nil:
+		d.Left = fmt.Sprintf("no usable name (%v): give the device an id", err)
+	case dev.Removable:
+		d.Left = "removable medium"
+	case dev.Inserted.ReadOnly:
+		d.Left = "read-only"
+	case dev.Inserted.Encrypted:
+		d.Left = "encrypted by QEMU"
+	case strings.HasPrefix(top.name, ourPrefix):
+		return Disk{}, fmt.Errorf("disk %s: filter %s of an earlier run is still on it", d.Name, top.name)
+	case image.driver == "copy-before-write" || image.driver == "backup-top":
+		return Disk{}, fmt.Errorf("disk %s: another backup is under way (filter %s on it): %w", d.Name, image.name, ErrBusy)
+	case image.driver != "qcow2" && image.driver != "raw":
+		d.Left = "format " + image.driver + " is not supported"
+	case image.size != d.Size:
+		return Disk{}, fmt.Errorf("disk %s: the guest sees %d bytes, its image %s has %d", d.Name, d.Size, image.name, image.size)
+	case d.device == "":
+		d.Left = "no device uses it"
+	}
+	return d, nil
+}
+
+// diskName is the drive's id without "drive-", else the device's id, else the node's name. Names that QEMU has made up
+// begin with "#" and are never used.
+func diskName(dev *qmp.BlockInfo) string {
+	for _, id := range []string{dev.Device, dev.Inserted.NodeName} {
+		if name, ok := strings.CutPrefix(id, "drive-"); ok && name != "" {
+			return name
+		}
+	}
+	if dev.Device != "" {
+		return dev.Device
+	}
+	path := strings.TrimPrefix(dev.QDev, "/machine/peripheral/")
+	if id, _, _ := strings.Cut(path, "/"); id != "" {
+		return id
+	}
+	// A device without an id, such as /machine/peripheral-anon/device[1]/virtio-backend.
+	if !strings.HasPrefix(dev.Inserted.NodeName, "#") {
+		return dev.Inserted.NodeName
+	}
+	return ""
+}
+
+// qomPath is the absolute path of a device: query-block gives some as bare ids, which qom-set does not always find.
+func qomPath(qdev string) string {
+	if qdev == "" || strings.HasPrefix(qdev, "/") {
+		return qdev
+	}
+	return "/machine/peripheral/" + qdev
+}
+
+// throttleGroup finds the group of a throttle filter, which QEMU shows nowhere but in the node's file name.
+func throttleGroup(filename string) (string, error) {
+	text, ok := strings.CutPrefix(filename, "json:")
+	if !ok {
+		return "", fmt.Errorf("no throttle group in %q", filename)
+	}
+	var options struct {
+		Group string `json:"throttle-group"`
+	}
+	if err := json.Unmarshal([]byte(text), &options); err != nil || options.Group == "" {
+		return "", fmt.Errorf("no throttle group in %q", filename)
+	}
+	return options.Group, nil
+}
+
+// compatOf is "0.10" or "1.1" for a qcow2 image, the format's version 2 or 3, and "" for others.
+func compatOf(info *qmp.BlockDeviceInfo) string {
+	if info.Image.FormatSpecific == nil {
+		return ""
+	}
+	return info.Image.FormatSpecific.Data.Compat
+}

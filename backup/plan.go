@@ -1,0 +1,201 @@
+package backup
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"qmchain/chain"
+)
+
+// Auto asks for an increment of each disk where that is safe, and else for a full.
+const Auto chain.Level = "auto"
+
+// ErrNotFound is wrapped where something that was asked for does not exist.
+var ErrNotFound = chain.ErrNoPoint
+
+// ErrOtherGuest is returned where the repository's points are those of another guest.
+var ErrOtherGuest = errors.New("another guest")
+
+// Request is what the user asked for.
+type Request struct {
+	Level   chain.Level // Auto, chain.Full or chain.Inc
+	Disks   []string    // only these; empty: all
+	Exclude []string    // not these
+	Note    string
+	Adopt   bool // go on though the newest point is another guest's
+}
+
+// PlannedDisk is what will be done with one disk.
+type PlannedDisk struct {
+	Disk
+	Level     chain.Level
+	Reason    string       // why this level
+	Unplanned bool         // a full where an increment was to be expected
+	Parent    *chain.Layer // of an increment
+	Old       string       // the bitmap that tells what an increment copies
+	New       string       // the bitmap that records from this point on
+	Kind      string       // chain.KindPersistent or chain.KindMemory
+	Stray     []string     // bitmaps of ours that no point of the repository explains; left alone
+}
+
+// Plan is what a run will do.
+type Plan struct {
+	ID    chain.ID
+	Disks []PlannedDisk
+	Left  []Disk // with the reason in Disk.Left
+}
+
+// planner holds what planning depends on. It does no input or output of its own but through sound.
+type planner struct {
+	repo   string // the short id of the repository
+	points chain.Points
+	guest  chain.GuestIdentity
+	// sound checks that the image files of a disk in a point are all there and are what their manifests say.
+	sound func(chain.Layer) error
+}
+
+// plan decides what to do with each disk.
+func (p planner) plan(id chain.ID, disks []Disk, req Request) (*Plan, error) {
+	if err := p.checkGuest(req); err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Concat(req.Disks, req.Exclude) {
+		if !slices.ContainsFunc(disks, func(d Disk) bool { return d.Name == name }) {
+			return nil, fmt.Errorf("the guest has no disk %q, only %s: %w", name, diskNames(disks), ErrNotFound)
+		}
+	}
+	plan := &Plan{ID: id}
+	for _, d := range disks {
+		asked := slices.Contains(req.Disks, d.Name)
+		switch {
+		case slices.Contains(req.Exclude, d.Name) || len(req.Disks) > 0 && !asked:
+			d.Left = "not asked for"
+		case d.Left != "" && asked:
+			return nil, fmt.Errorf("disk %s can't be backed up: %s: %w", d.Name, d.Left, ErrNotFound)
+		}
+		if d.Left != "" {
+			plan.Left = append(plan.Left, d)
+			continue
+		}
+		pd := p.disk(id, d)
+		switch {
+		case req.Level == chain.Full:
+			pd = pd.full("asked for")
+		case req.Level == chain.Inc && pd.Level != chain.Inc:
+			return nil, fmt.Errorf("disk %s: an increment is not possible: %s", d.Name, pd.Reason)
+		}
+		plan.Disks = append(plan.Disks, pd)
+	}
+	if len(plan.Disks) == 0 {
+		return nil, fmt.Errorf("the guest has no disk that can be backed up: %w", ErrNotFound)
+	}
+	return plan, nil
+}
+
+func (p planner) checkGuest(req Request) error {
+	latest := p.points.Latest()
+	if latest == nil || req.Adopt || latest.Guest.UUID == "" || p.guest.UUID == "" || latest.Guest.UUID == p.guest.UUID {
+		return nil
+	}
+	return fmt.Errorf("%w: the newest point %s is of the guest with UUID %s, but the running one has %s", ErrOtherGuest, latest.ID, latest.Guest.UUID, p.guest.UUID)
+}
+
+func diskNames(disks []Disk) string {
+	var names []string
+	for _, d := range disks {
+		names = append(names, d.Name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// disk plans one disk for the level Auto.
+func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
+	pd := PlannedDisk{Disk: d, Kind: chain.KindMemory}
+	pd.New = chain.BitmapName{Repo: p.repo, Point: id, Disk: d.Name}.String()
+	if d.Driver == "qcow2" && d.compat != "0.10" {
+		pd.Kind = chain.KindPersistent
+	}
+
+	var reasons []string
+	var parents []candidate
+	for i := range d.bitmaps {
+		b := &d.bitmaps[i]
+		name, ours := chain.ParseBitmapName(b.Name)
+		if !ours || name.Repo != p.repo {
+			continue
+		}
+		if p.points.Find(name.Point) == nil {
+			pd.Stray = append(pd.Stray, b.Name)
+		}
+		parent, reason := p.points.Tracked(name)
+		switch {
+		case parent == nil:
+		case b.Inconsistent:
+			reason = "its bitmap is inconsistent: QEMU did not end cleanly"
+		case !b.Recording:
+			reason = "its bitmap does not record"
+		case b.Busy:
+			reason = "its bitmap is in use by another job"
+		default:
+			parents = append(parents, candidate{b.Name, parent})
+			continue
+		}
+		reasons = append(reasons, reason)
+	}
+	if len(parents) == 0 {
+		switch {
+		case len(reasons) > 0:
+			return pd.unplanned(strings.Join(reasons, "; "))
+		case p.known(d.Name):
+			return pd.unplanned("no bitmap records on it since its last point")
+		default:
+			return pd.full("first point of this disk")
+		}
+	}
+
+	// The newest is what tracks; an older one was left by a run that died right after its commit.
+	newest := slices.MaxFunc(parents, func(a, b candidate) int {
+		return strings.Compare(string(a.layer.Point.ID), string(b.layer.Point.ID))
+	})
+	parent := newest.layer
+	switch was := parent.Point.Guest; {
+	case was.UUID != p.guest.UUID:
+		return pd.unplanned("its last point is another guest's")
+	case was.VMGenID != p.guest.VMGenID:
+		return pd.unplanned("the guest was rolled back, restored or copied since its last point (its vmgenid is another one)")
+	case d.Size < parent.Disk.VirtualSize:
+		return pd.unplanned(fmt.Sprintf("it has shrunk since its last point, from %d to %d bytes", parent.Disk.VirtualSize, d.Size))
+	}
+	if err := p.sound(*parent); err != nil {
+		return pd.unplanned(fmt.Sprintf("its chain can't be built on: %v", err))
+	}
+	pd.Level, pd.Parent, pd.Old = chain.Inc, parent, newest.bitmap
+	return pd
+}
+
+// candidate is a bitmap that records from an image of the repository.
+type candidate struct {
+	bitmap string
+	layer  *chain.Layer
+}
+
+// known reports whether the repository tracks a disk of that name.
+func (p planner) known(disk string) bool {
+	return slices.ContainsFunc(p.points, func(m *chain.Manifest) bool {
+		d := m.Disk(disk)
+		return d != nil && d.Level.Tracked()
+	})
+}
+
+func (pd PlannedDisk) full(reason string) PlannedDisk {
+	pd.Level, pd.Reason, pd.Parent, pd.Old, pd.Unplanned = chain.Full, reason, nil, "", false
+	return pd
+}
+
+func (pd PlannedDisk) unplanned(reason string) PlannedDisk {
+	pd = pd.full(reason)
+	pd.Unplanned = true
+	return pd
+}

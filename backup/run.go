@@ -1,0 +1,553 @@
+package backup
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/internal/child"
+	"qmchain/qmp"
+)
+
+const (
+	// cbwTimeout is how long a guest's write may wait for its old data to be saved, in seconds, before the snapshot is
+	// given up. Linux guests reset a SCSI disk that has not answered for 30 s.
+	cbwTimeout = 15
+
+	// undoLimit bounds the undoing of a failed run.
+	undoLimit = 2 * time.Minute
+
+	// reconnectLimit bounds how long undo tries to reach a guest whose connection was lost.
+	reconnectLimit = 10 * time.Second
+)
+
+// Progress is told how far the copying of each disk has come, in bytes. Its methods are called concurrently.
+type Progress interface {
+	Disk(name string, done, total int64)
+}
+
+// Config is all that a run needs.
+type Config struct {
+	Request
+	Guest     string                     // the guest's name in the repository
+	Addr      string                     // of its QMP socket
+	Repo      func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
+	FleeceDir string                     // where fleece images are made; QEMU must be able to open files there
+	LockWait  time.Duration              // how long to wait for locks
+	Log       logrus.FieldLogger
+	Progress  Progress
+	Now       func() time.Time
+}
+
+// Result is what a run has made.
+type Result struct {
+	Point *chain.Manifest
+	Plan  *Plan
+	// Warnings are what went not quite as asked: the point is good all the same.
+	Warnings []string
+}
+
+// ErrUndo is wrapped beside the error of a failed run where undoing it failed too. The next run, or the doctor, undoes
+// what is left.
+var ErrUndo = errors.New("could not be undone")
+
+// session is one run on one guest.
+type session struct {
+	cfg     Config
+	log     logrus.FieldLogger
+	qmp     *qmp.Client
+	repo    *repo.Repo
+	guest   *repo.Guest
+	lock    *repo.Lock
+	mutex   *guestLock
+	points  chain.Points
+	tip     chain.ID
+	partial *repo.Partial
+	plan    *Plan
+	result  *Result
+}
+
+// Run takes one point of a guest. When it returns an error, the guest and the repository are as they were before, or the
+// error wraps ErrUndo as well.
+func Run(ctx context.Context, cfg Config) (*Result, error) {
+	s := &session{cfg: cfg, log: cfg.Log, result: &Result{}}
+	client, err := qmp.Dial(ctx, cfg.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	s.qmp = client
+	defer func() { _ = s.qmp.Close() }()
+
+	if err = s.open(ctx); err == nil {
+		defer s.lock.Unlock()
+		err = s.run(ctx)
+	}
+	// From here on nothing may be cut short: the guest is to be left as it was found.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	defer cancel()
+	if err != nil {
+		if undoErr := s.twice(ctx, s.undo); undoErr != nil {
+			return nil, fmt.Errorf("guest %s: %w; what it had begun %w: %w", cfg.Guest, err, ErrUndo, undoErr)
+		}
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	// The point stands. What is left to do is worth a warning at most: the next run does it again.
+	if err := s.twice(ctx, s.finish); err != nil {
+		s.warnf("left for the next run to clean up: %v", err)
+	}
+	return s.result, nil
+}
+
+// twice calls f and, if it fails, once more, over a new connection where that is lost. If the guest has ended there is
+// nothing to do in it.
+func (s *session) twice(ctx context.Context, f func(context.Context) error) error {
+	err := f(ctx)
+	if err == nil {
+		return nil
+	}
+	switch err := s.reconnect(ctx); {
+	case errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT):
+		s.log.Warn("the guest has ended; the next run removes what this one has begun")
+		return nil
+	case err != nil:
+		return err
+	}
+	return f(ctx)
+}
+
+// finish takes away what is of no more use once the point stands.
+func (s *session) finish(ctx context.Context) error {
+	v, err := look(ctx, s.qmp)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.dropBitmaps(ctx, v, s.points, nil), s.mutex.release(ctx, s.qmp))
+}
+
+// open reads the repository and takes the locks. It gives back the repository's when it fails.
+func (s *session) open(ctx context.Context) (err error) {
+	if s.repo, err = s.cfg.Repo(); err != nil {
+		return err
+	}
+	if s.guest, err = s.repo.Guest(s.cfg.Guest); err != nil {
+		return err
+	}
+	if s.lock, err = s.guest.Lock(ctx, s.cfg.LockWait); err != nil {
+		return err
+	}
+	if s.mutex, err = newGuestLock(); err == nil {
+		err = s.mutex.take(ctx, s.qmp, s.cfg.LockWait)
+	}
+	if err != nil {
+		s.lock.Unlock()
+	}
+	return err
+}
+
+func (s *session) run(ctx context.Context) error {
+	v, err := s.recover(ctx)
+	if err != nil {
+		return err
+	}
+	if s.plan, err = s.makePlan(v); err != nil {
+		return err
+	}
+	s.report()
+	s.result.Plan = s.plan
+	if err := s.checkSupport(ctx, v); err != nil {
+		return err
+	}
+	if s.partial, err = s.guest.Begin(s.plan.ID); err != nil {
+		return err
+	}
+	if err := s.addImages(ctx); err != nil {
+		return err
+	}
+	instant, err := s.takeInstant(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.copy(ctx, v.version); err != nil {
+		return err
+	}
+	if v, err = s.clean(ctx); err != nil {
+		return err
+	}
+	return s.commit(ctx, v, instant)
+}
+
+func (s *session) warnf(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	s.log.Warn(text)
+	s.result.Warnings = append(s.result.Warnings, text)
+}
+
+// recover undoes what killed runs have left in the guest and in the repository, and reads the points. The order matters:
+// bitmaps are known to be useless by the unfinished points that lie in the repository, so those go last; and a rename
+// that a killed run had just done must be on disk before a bitmap goes for it.
+func (s *session) recover(ctx context.Context) (*view, error) {
+	v, err := s.clean(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := sweepFleece(s.cfg.FleeceDir); err != nil {
+		return nil, err
+	}
+	partials, err := s.guest.Partials()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.guest.Sync(); err != nil {
+		return nil, err
+	}
+	if err := s.readPoints(); err != nil {
+		return nil, err
+	}
+	if err := s.dropBitmaps(ctx, v, s.points, partials); err != nil {
+		return nil, err
+	}
+	for _, id := range partials {
+		s.log.Infof("removing unfinished point %s of a run that did not end", id)
+		if err := s.guest.RemovePartial(id); err != nil {
+			return nil, err
+		}
+	}
+	return look(ctx, s.qmp)
+}
+
+func (s *session) readPoints() error {
+	points, problems, err := s.guest.Points()
+	if err != nil {
+		return err
+	}
+	for _, p := range problems {
+		s.log.Warnf("point left out: %v", p.Err)
+	}
+	s.points = points
+	s.tip, err = s.guest.Tip()
+	return err
+}
+
+// undo takes away all that a failed run has made. If it can't reach the guest, the unfinished point stays for the next
+// run: it explains the bitmaps that QEMU may have stored in the guest's images meanwhile.
+func (s *session) undo(ctx context.Context) (err error) {
+	if s.mutex == nil {
+		return nil // nothing was begun
+	}
+	defer func() { err = errors.Join(err, s.mutex.release(ctx, s.qmp)) }()
+	if !s.mutex.held {
+		return nil // the guest is another run's
+	}
+	v, err := s.clean(ctx)
+	if err != nil || s.partial == nil {
+		return err
+	}
+	if err := s.guest.Sync(); err != nil {
+		return err
+	}
+	if err := s.readPoints(); err != nil {
+		return err
+	}
+	partials := []chain.ID{s.partial.ID}
+	if err := s.dropBitmaps(ctx, v, s.points, partials); err != nil {
+		return err
+	}
+	return s.guest.RemovePartial(s.partial.ID)
+}
+
+func (s *session) reconnect(ctx context.Context) error {
+	if _, err := s.qmp.QueryStatus(ctx); !errors.Is(err, qmp.ErrDisconnected) {
+		return err
+	}
+	_ = s.qmp.Close()
+	ctx, cancel := context.WithTimeout(ctx, reconnectLimit)
+	defer cancel()
+	client, err := qmp.Dial(ctx, s.cfg.Addr)
+	if err != nil {
+		return err
+	}
+	s.qmp = client
+	return nil
+}
+
+func (s *session) makePlan(v *view) (*Plan, error) {
+	disks, err := v.disks()
+	if err != nil {
+		return nil, err
+	}
+	random := make([]byte, 2)
+	_, _ = rand.Read(random) // never fails
+	p := planner{
+		repo:   s.repo.ShortID(),
+		points: s.points,
+		guest:  v.guest,
+		sound: func(l chain.Layer) error {
+			return s.guest.CheckImages(s.points, l.Point, l.Disk.Name)
+		},
+	}
+	return p.plan(chain.NewID(s.cfg.Now(), s.tip, binary.BigEndian.Uint16(random)), disks, s.cfg.Request)
+}
+
+func (s *session) report() {
+	for _, d := range s.plan.Left {
+		s.log.Infof("disk %s is left out: %s", d.Name, d.Left)
+	}
+	for _, d := range s.plan.Disks {
+		switch {
+		case d.Unplanned:
+			s.warnf("disk %s: a full instead of an increment: %s", d.Name, d.Reason)
+		case d.Level == chain.Inc:
+			s.log.Infof("disk %s: increment since %s", d.Name, d.Parent.Point.ID)
+		default:
+			s.log.Infof("disk %s: %s: %s", d.Name, d.Level, d.Reason)
+		}
+		for _, b := range d.Stray {
+			s.log.Warnf("disk %s: bitmap %s belongs to no point of the repository; it is left alone", d.Name, b)
+		}
+	}
+}
+
+// checkSupport refuses what this QEMU can't do without danger to the guest.
+func (s *session) checkSupport(ctx context.Context, v *view) error {
+	if v.version.AtLeast(9, 0) {
+		return nil
+	}
+	// QEMU 7.2 aborts, and the guest with it, when a filter goes onto a disk that an iothread serves; 9.0 is the first
+	// without the lock that is behind it.
+	for _, d := range s.plan.Disks {
+		served, err := servedByIOThread(ctx, s.qmp, d.device)
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+		if served {
+			return fmt.Errorf("disk %s is served by an iothread: QEMU %s can't put a filter on it without danger to the guest; QEMU 9.0 and later can", d.Name, v.version)
+		}
+	}
+	return nil
+}
+
+// node names of a disk's parts, by its place in the plan: disks' own names could be too long for QEMU.
+func nodeName(prefix string, i int) string { return fmt.Sprintf("%s%d", prefix, i) }
+
+// addImages makes the images and fleece images and has QEMU open them, and starts the NEW bitmaps.
+func (s *session) addImages(ctx context.Context) error {
+	for i, d := range s.plan.Disks {
+		var parent *chain.ImageRef
+		if d.Parent != nil {
+			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
+			parent = &ref
+		}
+		path, err := s.partial.CreateImage(ctx, d.Name, d.Size, parent)
+		if err != nil {
+			return err
+		}
+		if err := s.addImage(ctx, nodeName(targetPrefix, i), path, d.Name); err != nil {
+			return err
+		}
+		if err := s.addFleece(ctx, i, d); err != nil {
+			return err
+		}
+	}
+	var actions []qmp.Action
+	for _, d := range s.plan.Disks {
+		actions = append(actions, qmp.BitmapAdd(d.format, d.New, d.Kind == chain.KindPersistent, false))
+	}
+	if err := s.qmp.Transaction(ctx, actions...); err != nil {
+		return fmt.Errorf("start the bitmaps of the new point: %w", err)
+	}
+	return nil
+}
+
+// addImage has QEMU open an image of ours, without its backing file: what is written to it is all of it that is read.
+func (s *session) addImage(ctx context.Context, name, path, disk string) error {
+	abs, err := filepath.Abs(path) // QEMU's working folder is another one
+	if err != nil {
+		return err
+	}
+	err = s.qmp.BlockdevAdd(ctx, map[string]any{
+		"driver": "qcow2", "node-name": name, "backing": nil, "discard": "unmap",
+		"file": map[string]any{"driver": "file", "filename": abs, "discard": "unmap"},
+	})
+	if err != nil {
+		return fmt.Errorf("disk %s: QEMU can't open %s: %w", disk, abs, err)
+	}
+	return nil
+}
+
+// addFleece makes the image that saves what the guest overwrites. Its name goes as soon as QEMU has opened it, so that no
+// crash leaves it behind.
+func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
+	path := fleecePath(s.cfg.FleeceDir, s.mutex.id, i)
+	if err := s.repo.FS.Step("create", path); err != nil {
+		return err
+	}
+	defer os.Remove(path)
+	if _, err := child.Run(ctx, time.Minute, s.repo.QemuImg, "create", "-q", "-f", "qcow2", path, fmt.Sprint(d.Size)); err != nil {
+		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return fmt.Errorf("disk %s: %w", d.Name, err)
+	}
+	if err := s.addImage(ctx, nodeName(fleecePrefix, i), path, d.Name); err != nil {
+		return err
+	}
+	return s.repo.FS.Step("remove", path)
+}
+
+// takeInstant puts the filters in and switches all disks at once. It returns the time of the switch.
+func (s *session) takeInstant(ctx context.Context) (time.Time, error) {
+	for i, d := range s.plan.Disks {
+		if !d.switchable {
+			if err := s.addTop(ctx, i, d); err != nil {
+				return time.Time{}, err
+			}
+		}
+		err := s.qmp.BlockdevAdd(ctx, map[string]any{
+			"driver": "copy-before-write", "node-name": nodeName(cbwPrefix, i), "file": d.below,
+			"target": nodeName(fleecePrefix, i), "on-cbw-error": "break-snapshot", "cbw-timeout": cbwTimeout, "discard": "unmap",
+		})
+		if err != nil {
+			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+	}
+
+	// The options of the guest's own filters are asked for again, as they are now.
+	v, err := look(ctx, s.qmp)
+	if err != nil {
+		return time.Time{}, err
+	}
+	var options []any
+	for i, d := range s.plan.Disks {
+		top := d.top
+		if !d.switchable {
+			top = nodeName(topPrefix, i)
+		}
+		n := v.nodes[top]
+		if n == nil {
+			return time.Time{}, fmt.Errorf("disk %s: node %s is gone", d.Name, top)
+		}
+		o, err := reopenOnto(n, nodeName(cbwPrefix, i))
+		if err != nil {
+			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+		options = append(options, o)
+		// The sizes must be those of the plan, whatever was resized since: a copy-before-write filter takes a smaller
+		// fleece image without a word.
+		for _, name := range []string{top, nodeName(cbwPrefix, i), nodeName(fleecePrefix, i), nodeName(targetPrefix, i)} {
+			if n := v.nodes[name]; n == nil || n.size != d.Size {
+				return time.Time{}, fmt.Errorf("disk %s: node %s does not have the disk's size of %d bytes; was the disk resized?", d.Name, name, d.Size)
+			}
+		}
+	}
+	instant := s.cfg.Now()
+	if err := s.qmp.BlockdevReopen(ctx, options...); err != nil {
+		return time.Time{}, fmt.Errorf("switch the disks: %w", err)
+	}
+	for i, d := range s.plan.Disks {
+		err := s.qmp.BlockdevAdd(ctx, map[string]any{
+			"driver": "snapshot-access", "node-name": nodeName(snapshotPrefix, i), "file": nodeName(cbwPrefix, i),
+		})
+		if err != nil {
+			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+	}
+	return instant, nil
+}
+
+// addTop puts a filter that passes everything through on top of a disk. blockdev-reopen can change what it sits on, which
+// it can't do for a device.
+func (s *session) addTop(ctx context.Context, i int, d PlannedDisk) error {
+	name := nodeName(topPrefix, i)
+	if err := s.qmp.BlockdevAdd(ctx, topFilter(name, d.top)); err != nil {
+		return fmt.Errorf("disk %s: %w", d.Name, err)
+	}
+	st := setDrive(d.device, name)
+	if err := s.qmp.Execute(ctx, st.command, st.args, nil); err != nil {
+		return fmt.Errorf("disk %s: %w", d.Name, err)
+	}
+	return nil
+}
+
+// copy runs the jobs of all disks to their end.
+func (s *session) copy(ctx context.Context, version qmp.Version) error {
+	const todo = "todo" // on a snapshot-access node, and gone with it
+	var actions []qmp.Action
+	for i, d := range s.plan.Disks {
+		snapshot := nodeName(snapshotPrefix, i)
+		job := qmp.BackupOptions{
+			JobID: s.jobID(i), Device: snapshot, Target: nodeName(targetPrefix, i), Sync: "full",
+			AutoFinalize: true,
+		}
+		if !version.AtLeast(10, 0) {
+			// QEMU 7.2 reads zeroes for what the guest zeroes between the switch and the copying of it, unless it copies
+			// cluster by cluster. 10.0 does not.
+			job.XPerf = &qmp.XPerf{MaxChunk: 64 << 10}
+		}
+		if d.Level == chain.Inc {
+			job.Sync, job.Bitmap, job.BitmapMode = "bitmap", todo, "never"
+			actions = append(actions,
+				qmp.BitmapAdd(snapshot, todo, false, true),
+				qmp.BitmapMerge(snapshot, todo, qmp.BitmapRef{Node: d.format, Name: d.Old}))
+		}
+		actions = append(actions, qmp.BlockdevBackup(job))
+	}
+	if err := s.qmp.Transaction(ctx, actions...); err != nil {
+		return fmt.Errorf("start the copying: %w", err)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	for i, d := range s.plan.Disks {
+		group.Go(func() error {
+			err := s.qmp.WaitJob(ctx, s.jobID(i), func(j qmp.Job) { s.cfg.Progress.Disk(d.Name, j.Current, j.Total) })
+			if err != nil {
+				return fmt.Errorf("disk %s: %w", d.Name, err)
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// jobID is different for each run, so that a late event of an earlier job is not taken for this one's.
+func (s *session) jobID(i int) string { return fmt.Sprintf("%s%s-%d", ourPrefix, s.plan.ID, i) }
+
+// commit brings the images to disk and makes the point.
+func (s *session) commit(ctx context.Context, v *view, instant time.Time) error {
+	m := &chain.Manifest{
+		Format: chain.FormatVersion, ID: s.partial.ID, UUID: s.partial.UUID, Time: instant.UTC(),
+		Guest: v.guest, Consistency: chain.Instant, Note: s.cfg.Note, QEMU: v.version.String(),
+		Disks: make([]chain.Disk, len(s.plan.Disks)),
+	}
+	m.Guest.Name = s.cfg.Guest
+	for i, d := range s.plan.Disks {
+		disk := chain.Disk{
+			Name: d.Name, Level: d.Level, Reason: d.Reason, SourceFormat: d.Driver, VirtualSize: d.Size,
+			File: chain.ImageFile(d.Name), Tracking: &chain.Tracking{Bitmap: d.New, Kind: d.Kind},
+		}
+		if d.Parent != nil {
+			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
+			disk.Parent = &ref
+		}
+		var err error
+		if disk.Bytes, disk.Sums, err = s.partial.Finish(ctx, d.Name); err != nil {
+			return err
+		}
+		m.Disks[i] = disk
+	}
+	if err := s.partial.Commit(s.lock, s.tip, m); err != nil {
+		return err
+	}
+	s.points = append(s.points, m)
+	s.result.Point = m
+	return nil
+}

@@ -1,0 +1,321 @@
+package image
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"qmchain/chain/qcow2"
+)
+
+// layered is the Image of a chain of layers.
+type layered struct {
+	pool  *Pool
+	size  int64
+	top   *node
+	chain []*layer
+
+	// mu is held for reading by every call, so that Close waits for them.
+	mu     sync.RWMutex
+	closed bool
+}
+
+var _ Image = (*layered)(nil)
+
+func (m *layered) Size() int64 { return m.size }
+
+func (m *layered) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return ErrClosed
+	}
+	m.closed = true
+	m.pool.release(m.top)
+	m.top, m.chain = nil, nil
+	return nil
+}
+
+func (m *layered) ReadAt(p []byte, off int64) (int, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return 0, ErrClosed
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("read at %d", off)
+	}
+	if off >= m.size {
+		if len(p) == 0 {
+			return 0, nil
+		}
+		return 0, io.EOF
+	}
+	var atEnd error
+	if int64(len(p)) > m.size-off {
+		p, atEnd = p[:m.size-off], io.EOF
+	}
+	for done := 0; done < len(p); {
+		at := off + int64(done)
+		start := uint32(at % groupSize)
+		n := min(len(p)-done, int(groupSize-start))
+		g, err := m.top.group(m.pool, at/groupSize)
+		if err != nil {
+			return done, err
+		}
+		good, err := m.readGroup(p[done:done+n], g, at-int64(start), start)
+		if err != nil {
+			return done + good, err
+		}
+		done += n
+	}
+	return len(p), atEnd
+}
+
+// readGroup reads p from offset from of the group g, which begins at base. On an
+// error it returns how many bytes are good.
+func (m *layered) readGroup(p []byte, g *group, base int64, from uint32) (int, error) {
+	to := from + uint32(len(p))
+	first := g.first(from)
+	at := from // up to where p is filled, but for compressed clusters
+	packed := 0
+	last := first
+	for ; last < len(g.extents) && g.extents[last].off < to; last++ {
+		e := g.extents[last]
+		start, end := max(e.off, from), min(e.end(), to)
+		clear(p[at-from : start-from])
+		at = end
+		var err error
+		switch e.kind() {
+		case kindData:
+			err = m.chain[e.layer].read(p[start-from:end-from], e.host+int64(start-e.off))
+		case kindCompressed:
+			packed++
+		case kindInvalid:
+			err = m.invalid(e, base)
+		}
+		if err != nil {
+			// What is compressed before this is not yet there.
+			if packed > 0 {
+				good, perr := m.unpack(p[:start-from], g.extents[first:last], packed, base, from)
+				if perr != nil {
+					return good, perr
+				}
+			}
+			return int(start - from), err
+		}
+	}
+	clear(p[at-from:])
+	if packed == 0 {
+		return len(p), nil
+	}
+	if e := g.extents[first]; packed == 1 && last == first+1 && e.off <= from && to <= e.end() {
+		// The usual small read: nothing to share out.
+		if err := m.cluster(p, e, base+int64(from)); err != nil {
+			return 0, err
+		}
+		return len(p), nil
+	}
+	return m.unpack(p, g.extents[first:last], packed, base, from)
+}
+
+// invalid says what is wrong with the extent e of the group at base.
+func (m *layered) invalid(e extent, base int64) error {
+	r := qcow2.Run{Kind: qcow2.Invalid, Off: base + int64(e.off), Host: e.host, Bytes: e.bytes()}
+	return fmt.Errorf("%s: %w", m.chain[e.layer].key.name, r.Err())
+}
+
+// unpack fills those parts of p that are in compressed clusters, of which there
+// are packed in list, the extents that p needs; the other arguments and the result
+// are those of readGroup.
+func (m *layered) unpack(p []byte, list []extent, packed int, base int64, from uint32) (int, error) {
+	u := &unpacking{m: m, p: p, list: list, base: base, from: from}
+	// Others help, as many as there are places for now; this goroutine goes on
+	// without them, so nobody ever waits for a place.
+	for range packed - 1 {
+		select {
+		case m.pool.helpers <- struct{}{}:
+			u.helpers.Go(func() {
+				u.run()
+				<-m.pool.helpers
+			})
+			continue
+		default:
+		}
+		break
+	}
+	u.run()
+	u.helpers.Wait()
+	if u.err != nil {
+		return u.good, u.err
+	}
+	return len(p), nil
+}
+
+// unpacking is one call of unpack.
+type unpacking struct {
+	m    *layered
+	p    []byte
+	list []extent
+	base int64
+	from uint32
+
+	helpers sync.WaitGroup
+	next    atomic.Int64 // index of the extent to take next
+
+	mu   sync.Mutex
+	good int // bytes before the first error
+	err  error
+}
+
+// run takes extents until there are none left.
+func (u *unpacking) run() {
+	for {
+		i := int(u.next.Add(1)) - 1
+		if i >= len(u.list) {
+			return
+		}
+		e := u.list[i]
+		if e.kind() != kindCompressed {
+			continue
+		}
+		start := max(e.off, u.from)
+		end := min(e.end(), u.from+uint32(len(u.p)))
+		if err := u.m.cluster(u.p[start-u.from:end-u.from], e, u.base+int64(start)); err != nil {
+			u.mu.Lock()
+			if good := int(start - u.from); u.err == nil || good < u.good {
+				u.good, u.err = good, err
+			}
+			u.mu.Unlock()
+			return
+		}
+	}
+}
+
+// cluster reads p at guest offset off, all within the compressed cluster e.
+func (m *layered) cluster(p []byte, e extent, off int64) error {
+	pool, l := m.pool, m.chain[e.layer]
+	size := l.disk.Header().ClusterSize()
+	inCluster := off & (size - 1)
+	k := key{l.id, off / size}
+	if whole := int64(len(p)) == size; whole {
+		// Usually part of a long read, after which the kernel or the caller keeps
+		// the data. Keeping it here would only push out what small reads need.
+		if data, ok := pool.clusters.get(k); ok {
+			copy(p, data)
+			return nil
+		}
+		return m.decode(l, p, e, off)
+	}
+	data, ok := pool.clusters.get(k)
+	if !ok {
+		var err error
+		data, err = pool.clusters.load(k, func() ([]byte, int64, error) {
+			data := make([]byte, size)
+			return data, size, m.decode(l, data, e, off)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	copy(p, data[inCluster:])
+	return nil
+}
+
+// decode reads and decompresses the cluster e around guest offset off into p.
+func (m *layered) decode(l *layer, p []byte, e extent, off int64) error {
+	in := m.pool.inputs.Get().(*[]byte)
+	defer m.pool.inputs.Put(in)
+	n := int(e.bytes())
+	if cap(*in) < n {
+		*in = make([]byte, n)
+	}
+	src := (*in)[:n]
+	if err := l.read(src, e.host); err != nil {
+		return err
+	}
+	if err := m.pool.decoder.Decode(l.disk.Header().Compression, p, src); err != nil {
+		return fmt.Errorf("%s: guest offset %d: %w", l.key.name, off&^(int64(len(p))-1), err)
+	}
+	return nil
+}
+
+// Bounds of one call of Extents.
+const (
+	maxExtents = 4096
+	maxGroups  = 256
+	// After this many groups without data it pays to ask the layers for the next.
+	emptyGroups = 16
+)
+
+func (m *layered) Extents(off, length int64) ([]Extent, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, ErrClosed
+	}
+	if off < 0 || length < 0 {
+		return nil, fmt.Errorf("extents of %d bytes at %d", length, off)
+	}
+	end := m.size
+	if length < end-off {
+		end = off + length
+	}
+	var list []Extent
+	add := func(to int64, zero bool) {
+		if to <= off {
+			return
+		}
+		if n := len(list); n > 0 && list[n-1].Zero == zero {
+			list[n-1].Len += to - off
+		} else {
+			list = append(list, Extent{off, to - off, zero})
+		}
+		off = to
+	}
+	empty := 0
+	for groups := 0; off < end && groups < maxGroups && len(list) < maxExtents; groups++ {
+		if empty >= emptyGroups {
+			next, err := m.nextData(off)
+			if err != nil {
+				return nil, err
+			}
+			add(min(next, end), true)
+			empty = 0
+			continue
+		}
+		g, err := m.top.group(m.pool, off/groupSize)
+		if err != nil {
+			return nil, err
+		}
+		base := off &^ (groupSize - 1)
+		stop := min(base+groupSize, end)
+		empty++
+		for _, e := range g.extents[g.first(uint32(off-base)):] {
+			if base+int64(e.off) >= stop {
+				break
+			}
+			empty = 0
+			add(base+int64(e.off), true)
+			add(min(base+int64(e.end()), stop), false)
+		}
+		add(stop, true)
+	}
+	return list, nil
+}
+
+// nextData returns an offset from off on before which no layer holds data.
+func (m *layered) nextData(off int64) (int64, error) {
+	next := m.size
+	for _, l := range m.chain {
+		n, err := l.next(off)
+		if err != nil {
+			return 0, err
+		}
+		if n < l.size { // else it has none
+			next = min(next, n)
+		}
+	}
+	return next, nil
+}

@@ -1,0 +1,308 @@
+package chain
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// FormatVersion is the version of the repository's and the manifest's format that this program writes. A larger one is
+// refused when read.
+const FormatVersion = 1
+
+// ManifestFile is the name of a point's manifest in the point's folder.
+const ManifestFile = "point.json"
+
+// MaxManifest bounds the size of a manifest, in bytes.
+const MaxManifest = 16 << 20
+
+// ErrDamaged is wrapped by every error that says that a backup is not what it was when it was made: an edited or cut
+// manifest, an image that is missing, truncated, swapped or altered, a gap in a chain.
+var ErrDamaged = errors.New("backup is damaged")
+
+// Level says how a disk's image relates to other images.
+type Level string
+
+// The levels of a disk in a point. Diff is an increment after which tracking does not advance; Copy is a full image
+// outside of every chain.
+const (
+	Full  Level = "full"
+	Inc   Level = "inc"
+	Diff  Level = "diff"
+	Copy  Level = "copy"
+	Mixed Level = "mixed" // of a point whose disks' levels differ
+)
+
+// Overlay reports whether an image of this level needs its parent's.
+func (l Level) Overlay() bool { return l == Inc || l == Diff }
+
+// Tracked reports whether tracking advances to a point when a disk is stored in it at this level.
+func (l Level) Tracked() bool { return l == Full || l == Inc }
+
+// Consistency says how the disks of a point came to be of one instant.
+type Consistency string
+
+// Instant: all disks switched at one moment, as after a power cut. Frozen: the guest's file systems were frozen by its
+// agent at that moment. Paused: the guest was paused for it by request.
+const (
+	Instant Consistency = "instant"
+	Frozen  Consistency = "frozen"
+	Paused  Consistency = "paused"
+)
+
+// GuestIdentity is what tells a guest from another one with the same name.
+type GuestIdentity struct {
+	Name    string `json:"name"`              // the guest's name in the repository
+	VMName  string `json:"vm_name,omitempty"` // QEMU's -name
+	UUID    string `json:"uuid,omitempty"`    // the SMBIOS UUID; empty: the guest has none
+	VMGenID string `json:"vmgenid,omitempty"` // the VM generation id; empty: the guest has none
+}
+
+// ImageRef names one image: that of a disk in a point. A child names its parent by id and by uuid, so that a point that
+// was removed and made again, or two that were swapped, are noticed.
+type ImageRef struct {
+	Point ID     `json:"point"`
+	UUID  string `json:"uuid"`
+	Disk  string `json:"disk"` // the disk's name in that point: disks can be renamed
+}
+
+// Sums names the file with an image's check sums and seals it.
+type Sums struct {
+	File   string `json:"file"`
+	SHA256 string `json:"sha256"` // of the file
+}
+
+// Tracking is the dirty bitmap that records on the guest's disk since this point.
+type Tracking struct {
+	Bitmap string `json:"bitmap"`
+	Kind   string `json:"kind"` // KindPersistent or KindMemory
+}
+
+// Kinds of tracking bitmaps. Persistent ones live in the guest's qcow2 image and survive a clean stop of QEMU; those in
+// memory end with the QEMU process.
+const (
+	KindPersistent = "persistent"
+	KindMemory     = "memory"
+)
+
+// Disk is one disk of a point.
+type Disk struct {
+	Name         string    `json:"name"`
+	Level        Level     `json:"level"`
+	Reason       string    `json:"reason,omitempty"` // why this level, where it was not plainly what was asked for
+	Parent       *ImageRef `json:"parent,omitempty"`
+	SourceFormat string    `json:"source_format"` // of the guest's image
+	VirtualSize  int64     `json:"virtual_size"`  // bytes
+	File         string    `json:"file"`          // the qcow2 image, in the point's folder
+	Bytes        int64     `json:"bytes"`         // size of that file
+	Sums         Sums      `json:"sums"`
+	Tracking     *Tracking `json:"tracking,omitempty"`
+}
+
+// Manifest describes one point. It is written last, and is what makes a folder a point.
+type Manifest struct {
+	Format      int           `json:"format"`
+	ID          ID            `json:"id"`
+	UUID        string        `json:"uuid"` // 128 random bits in hex
+	Time        time.Time     `json:"time"` // of the instant
+	Guest       GuestIdentity `json:"guest"`
+	Consistency Consistency   `json:"consistency"`
+	Note        string        `json:"note,omitempty"`
+	Protected   bool          `json:"protected,omitempty"`
+	QEMU        string        `json:"qemu"`
+	Disks       []Disk        `json:"disks"`
+}
+
+// Level is the level of all disks, or Mixed.
+func (m *Manifest) Level() Level {
+	level := m.Disks[0].Level
+	for _, d := range m.Disks[1:] {
+		if d.Level != level {
+			return Mixed
+		}
+	}
+	return level
+}
+
+// Disk returns the disk of that name, or nil.
+func (m *Manifest) Disk(name string) *Disk {
+	for i := range m.Disks {
+		if m.Disks[i].Name == name {
+			return &m.Disks[i]
+		}
+	}
+	return nil
+}
+
+// Ref names the image of a disk in this point.
+func (m *Manifest) Ref(disk string) ImageRef { return ImageRef{Point: m.ID, UUID: m.UUID, Disk: disk} }
+
+// The seal is the last value of the file: the SHA-256 of the whole file with zeros in its own place. It makes the digest
+// independent of how the JSON is laid out and of keys that this version does not know.
+const (
+	sealKey   = `"seal": "sha256:`
+	sealZeros = "0000000000000000000000000000000000000000000000000000000000000000"
+)
+
+// Encode returns the manifest as the sealed text of its file.
+func (m *Manifest) Encode() ([]byte, error) {
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	text, err := json.MarshalIndent(struct {
+		*Manifest
+		Seal string `json:"seal"`
+	}{m, "sha256:" + sealZeros}, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	text = append(text, '\n')
+	at := bytes.LastIndex(text, []byte(sealKey)) + len(sealKey)
+	sum := sha256.Sum256(text)
+	hex.Encode(text[at:], sum[:])
+	return text, nil
+}
+
+// DecodeManifest reads a manifest's file and checks its seal and all that can be checked of it alone. Its errors wrap
+// ErrDamaged, save for one of a newer format.
+func DecodeManifest(text []byte) (*Manifest, error) {
+	damaged := func(format string, args ...any) error {
+		return fmt.Errorf("%w: %s", ErrDamaged, fmt.Sprintf(format, args...))
+	}
+	var head struct {
+		Format int `json:"format"`
+	}
+	if err := json.Unmarshal(text, &head); err != nil {
+		return nil, damaged("manifest: %v", err)
+	}
+	if head.Format > FormatVersion {
+		return nil, fmt.Errorf("manifest of format %d: this version of qmchain reads up to %d", head.Format, FormatVersion)
+	}
+	at := bytes.LastIndex(text, []byte(sealKey))
+	if at < 0 || len(text) < at+len(sealKey)+len(sealZeros) {
+		return nil, damaged("manifest has no seal")
+	}
+	at += len(sealKey)
+	zeroed := bytes.Clone(text)
+	copy(zeroed[at:], sealZeros)
+	sum := sha256.Sum256(zeroed)
+	if hex.EncodeToString(sum[:]) != string(text[at:at+len(sealZeros)]) {
+		return nil, damaged("manifest was changed after it was written (its seal does not fit)")
+	}
+	var m Manifest
+	if err := json.Unmarshal(text, &m); err != nil {
+		return nil, damaged("manifest: %v", err)
+	}
+	if err := m.Validate(); err != nil {
+		return nil, damaged("manifest: %v", err)
+	}
+	return &m, nil
+}
+
+// Validate checks the manifest's own rules. Names in it become paths, so what is not plainly a name in the point's own
+// folder is refused.
+func (m *Manifest) Validate() error {
+	if m.Format != FormatVersion {
+		return fmt.Errorf("format %d, not %d", m.Format, FormatVersion)
+	}
+	if _, err := ParseID(string(m.ID)); err != nil {
+		return err
+	}
+	if err := checkUUID(m.UUID); err != nil {
+		return fmt.Errorf("point %s: %w", m.ID, err)
+	}
+	if err := CheckGuestName(m.Guest.Name); err != nil {
+		return err
+	}
+	switch m.Consistency {
+	case Instant, Frozen, Paused:
+	default:
+		return fmt.Errorf("unknown consistency %q", m.Consistency)
+	}
+	if len(m.Disks) == 0 {
+		return errors.New("no disks")
+	}
+	seen := make(map[string]bool)
+	for i := range m.Disks {
+		d := &m.Disks[i]
+		if err := d.validate(m.ID); err != nil {
+			return fmt.Errorf("disk %q: %w", d.Name, err)
+		}
+		if seen[d.Name] {
+			return fmt.Errorf("disk %q is there twice", d.Name)
+		}
+		seen[d.Name] = true
+	}
+	return nil
+}
+
+func (d *Disk) validate(point ID) error {
+	if err := CheckDiskName(d.Name); err != nil {
+		return err
+	}
+	switch d.Level {
+	case Full, Copy:
+		if d.Parent != nil {
+			return fmt.Errorf("level %s with a parent", d.Level)
+		}
+	case Inc, Diff:
+		if d.Parent == nil {
+			return fmt.Errorf("level %s without a parent", d.Level)
+		}
+		if _, err := ParseID(string(d.Parent.Point)); err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+		if err := checkUUID(d.Parent.UUID); err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+		if err := CheckDiskName(d.Parent.Disk); err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+		// This is also what keeps a made-up manifest from closing a ring.
+		if d.Parent.Point >= point {
+			return fmt.Errorf("parent %s is not older than the point", d.Parent.Point)
+		}
+	default:
+		return fmt.Errorf("unknown level %q", d.Level)
+	}
+	if d.VirtualSize <= 0 || d.VirtualSize%512 != 0 {
+		return fmt.Errorf("virtual size %d is not a positive multiple of 512", d.VirtualSize)
+	}
+	if d.File != ImageFile(d.Name) {
+		return fmt.Errorf("image file %q, not %q", d.File, ImageFile(d.Name))
+	}
+	if d.Sums.File != SumsFile(d.Name) {
+		return fmt.Errorf("sums file %q, not %q", d.Sums.File, SumsFile(d.Name))
+	}
+	if d.Bytes <= 0 {
+		return fmt.Errorf("image of %d bytes", d.Bytes)
+	}
+	if b, err := hex.DecodeString(d.Sums.SHA256); err != nil || len(b) != sha256.Size {
+		return fmt.Errorf("%q is not a SHA-256", d.Sums.SHA256)
+	}
+	return nil
+}
+
+func checkUUID(s string) error {
+	if b, err := hex.DecodeString(s); err != nil || len(b) != 16 || strings.ToLower(s) != s {
+		return fmt.Errorf("%q is not a uuid of 32 lower-case hex digits", s)
+	}
+	return nil
+}
+
+// ImageFile is the name of a disk's image in a point's folder.
+func ImageFile(disk string) string { return disk + ".qcow2" }
+
+// SumsFile is the name of the file with an image's check sums.
+func SumsFile(disk string) string { return disk + ".sums" }
+
+// BackingFile is what the header of an overlay on parent must name as its backing file: a path relative to the
+// overlay's own folder, so that a repository can be moved.
+func BackingFile(parent ImageRef) string {
+	return "../" + string(parent.Point) + "/" + ImageFile(parent.Disk)
+}

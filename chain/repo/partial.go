@@ -1,0 +1,189 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"qmchain/chain"
+	"qmchain/chain/qcow2"
+	"qmchain/internal/child"
+)
+
+const (
+	partialPrefix = "."
+	partialSuffix = ".partial"
+
+	// clusterSize of all images. Larger clusters make increments larger: QEMU copies whole ones.
+	clusterSize = 64 << 10
+
+	// createLimit bounds qemu-img create, which only writes a few clusters.
+	createLimit = 2 * time.Minute
+)
+
+// Partial is a point in the making.
+type Partial struct {
+	guest *Guest
+	// ID and UUID of the point to be.
+	ID   chain.ID
+	UUID string
+	// Dir is its folder until the commit.
+	Dir string
+}
+
+// Begin makes the folder of a new point, and with it the point's uuid.
+func (g *Guest) Begin(id chain.ID) (*Partial, error) {
+	p := &Partial{guest: g, ID: id, UUID: NewUUID(), Dir: g.partialDir(id)}
+	if err := g.Repo.FS.Mkdir(p.Dir, dirMode); err != nil {
+		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
+	}
+	return p, nil
+}
+
+func (g *Guest) partialDir(id chain.ID) string {
+	return filepath.Join(g.Dir, partialPrefix+string(id)+partialSuffix)
+}
+
+// Partials returns the ids of all points in the making: those of killed runs for one who holds the guest's lock.
+func (g *Guest) Partials() ([]chain.ID, error) {
+	entries, err := os.ReadDir(g.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	var ids []chain.ID
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), partialSuffix)
+		if !ok {
+			continue
+		}
+		name, ok = strings.CutPrefix(name, partialPrefix)
+		if !ok {
+			continue
+		}
+		if id, err := chain.ParseID(name); err == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// RemovePartial removes a point in the making with all that is in it.
+func (g *Guest) RemovePartial(id chain.ID) error {
+	if err := g.Repo.FS.RemoveAll(g.partialDir(id)); err != nil {
+		return fmt.Errorf("guest %s: remove unfinished point %s: %w", g.Name, id, err)
+	}
+	return nil
+}
+
+// Sync brings the names in the guest's folder to disk: a rename by a run that died right after it may not be there yet.
+func (g *Guest) Sync() error {
+	if err := g.Repo.FS.SyncDir(g.Dir); err != nil {
+		return fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	return nil
+}
+
+// identity is what an image carries in its header, so that two images that were swapped are told apart for certain.
+func identity(ref chain.ImageRef) []byte { return []byte(ref.UUID + "/" + ref.Disk) }
+
+// CreateImage makes the empty image of a disk of size bytes, an overlay on parent if that is not nil, and returns its
+// path. The parent is not opened: that it is there and sound is for the caller to know.
+func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, parent *chain.ImageRef) (string, error) {
+	path := filepath.Join(p.Dir, chain.ImageFile(disk))
+	args := []string{"create", "-q", "-f", "qcow2", "-o", "compat=1.1,cluster_size=" + strconv.Itoa(clusterSize)}
+	if parent != nil {
+		args = append(args, "-u", "-b", chain.BackingFile(*parent), "-F", "qcow2")
+	}
+	args = append(args, path, strconv.FormatInt(size, 10))
+	fsys := p.guest.Repo.FS
+	if err := fsys.Step("create", path); err != nil {
+		return "", err
+	}
+	if _, err := child.Run(ctx, createLimit, p.guest.Repo.QemuImg, args...); err != nil {
+		return "", fmt.Errorf("disk %s: make its image: %w", disk, err)
+	}
+	if err := os.Chmod(path, fileMode); err != nil {
+		return "", fmt.Errorf("disk %s: %w", disk, err)
+	}
+	if err := fsys.Step("write", path); err != nil {
+		return "", err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return "", fmt.Errorf("disk %s: %w", disk, err)
+	}
+	defer f.Close()
+	if err := qcow2.SetIdentity(f, identity(chain.ImageRef{UUID: p.UUID, Disk: disk})); err != nil {
+		return "", fmt.Errorf("disk %s: %w", disk, err)
+	}
+	return path, nil
+}
+
+// Finish brings the image of a disk to disk and writes its check sums. It returns the image's size in bytes.
+func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, error) {
+	path := filepath.Join(p.Dir, chain.ImageFile(disk))
+	fsys := p.guest.Repo.FS
+	if err := fsys.SyncFile(path); err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
+	}
+	text, size, err := computeSums(ctx, path)
+	if err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: check sums: %w", disk, err)
+	}
+	sums := chain.Sums{File: chain.SumsFile(disk), SHA256: digest(text)}
+	if err := fsys.WriteFile(filepath.Join(p.Dir, sums.File), text, fileMode); err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
+	}
+	return size, sums, nil
+}
+
+// ErrMoved is wrapped where the guest's folder is not what it was when the run began: another one has written to it.
+var ErrMoved = errors.New("the guest's folder has changed meanwhile")
+
+// Commit writes the manifest and makes the folder a point. The guest's newest point must still be tip ("" for none),
+// and the lock must still hold: both are checked right before.
+//
+// An error after the rename may leave the point in place though it is not known to be on disk: the caller then looks
+// whether it is there, and must not take it for a failure that changed nothing. Committed tells.
+func (p *Partial) Commit(lock *Lock, tip chain.ID, m *chain.Manifest) error {
+	if m.ID != p.ID || m.UUID != p.UUID {
+		return fmt.Errorf("manifest of %s does not belong to %s", m.ID, p.Dir)
+	}
+	text, err := m.Encode()
+	if err != nil {
+		return fmt.Errorf("guest %s: manifest of %s: %w", p.guest.Name, p.ID, err)
+	}
+	fsys := p.guest.Repo.FS
+	if err := fsys.WriteFile(filepath.Join(p.Dir, chain.ManifestFile), text, fileMode); err != nil {
+		return fmt.Errorf("guest %s: manifest of %s: %w", p.guest.Name, p.ID, err)
+	}
+	if err := lock.Check(); err != nil {
+		return fmt.Errorf("guest %s: %w", p.guest.Name, err)
+	}
+	now, err := p.guest.Tip()
+	if err != nil {
+		return err
+	}
+	if now != tip {
+		return fmt.Errorf("guest %s: newest point is %q, was %q: %w", p.guest.Name, now, tip, ErrMoved)
+	}
+	if err := fsys.Rename(p.Dir, p.guest.PointDir(p.ID)); err != nil {
+		return fmt.Errorf("guest %s: commit %s: %w", p.guest.Name, p.ID, err)
+	}
+	return nil
+}
+
+// Committed reports whether the point is in place.
+func (p *Partial) Committed() bool {
+	_, err := os.Stat(filepath.Join(p.guest.PointDir(p.ID), chain.ManifestFile))
+	return err == nil
+}

@@ -1,0 +1,243 @@
+// Package repo keeps backup points in a directory, format 1.
+//
+//	REPO/qmchain.json                         the format and the repository's random id
+//	REPO/110/                                 one folder for each guest
+//	REPO/110/20261120T101523Z-3f9c/           a point: point.json, and for each disk DISK.qcow2 and DISK.sums
+//	REPO/110/.20261120T111523Z-81aa.partial/  a point in the making, or what a killed run left; never read
+//	REPO/110/.lock                            held by the one who writes
+//
+// A point comes into being by one rename, after every file in it and its folder are on disk. Nothing in it is changed
+// afterwards. Folders are 0700 and files 0600: images hold all that their guests do.
+package repo
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"qmchain/chain"
+	"qmchain/internal/durable"
+)
+
+const (
+	headFile = "qmchain.json"
+	dirMode  = 0o700
+	fileMode = 0o600
+)
+
+// ErrNotRepository is wrapped where a folder is no repository and can't be made one.
+var ErrNotRepository = errors.New("not a qmchain repository")
+
+// Repo is a repository.
+type Repo struct {
+	// Dir is the repository's folder.
+	Dir string
+	// ID is its random id, 32 hex digits.
+	ID string
+	// FS makes all changes.
+	FS durable.FS
+	// QemuImg is the program that makes images.
+	QemuImg string
+}
+
+// ShortID is the part of the id that bitmap names carry.
+func (r *Repo) ShortID() string { return r.ID[:8] }
+
+type head struct {
+	Format int    `json:"format"`
+	ID     string `json:"id"`
+}
+
+// Open opens an existing repository.
+func Open(dir string, fsys durable.FS) (*Repo, error) {
+	text, err := readFile(filepath.Join(dir, headFile), 64<<10)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, statErr := os.Stat(dir); statErr != nil {
+			return nil, fmt.Errorf("repository %s: %w", dir, statErr)
+		}
+		return nil, fmt.Errorf("%s: %w: it has no %s", dir, ErrNotRepository, headFile)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", dir, err)
+	}
+	var h head
+	if err := json.Unmarshal(text, &h); err != nil {
+		return nil, fmt.Errorf("%s/%s: %w: %w", dir, headFile, chain.ErrDamaged, err)
+	}
+	if h.Format != chain.FormatVersion {
+		return nil, fmt.Errorf("repository %s has format %d: this version of qmchain knows format %d", dir, h.Format, chain.FormatVersion)
+	}
+	if b, err := hex.DecodeString(h.ID); err != nil || len(b) != 16 {
+		return nil, fmt.Errorf("%s/%s: %w: %q is not a repository's id", dir, headFile, chain.ErrDamaged, h.ID)
+	}
+	return &Repo{Dir: dir, ID: h.ID, FS: fsys, QemuImg: "qemu-img"}, nil
+}
+
+// OpenOrCreate opens a repository, or makes one in an existing empty folder. A folder with other things in it is an
+// error: most likely the share that should be there is not mounted.
+func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
+	r, err := Open(dir, fsys)
+	if !errors.Is(err, ErrNotRepository) {
+		return r, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", dir, err)
+	}
+	for _, e := range entries {
+		// lost+found is there in every new ext4; a temporary file is our own making, cut off or under way.
+		if e.Name() != "lost+found" && !strings.HasPrefix(e.Name(), ".tmp-"+headFile) {
+			return nil, fmt.Errorf("%s: %w: it has no %s, and is not empty (%s is there), so none is made", dir, ErrNotRepository, headFile, e.Name())
+		}
+	}
+	h := head{Format: chain.FormatVersion, ID: NewUUID()}
+	text, err := json.MarshalIndent(h, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	if err := fsys.WriteFile(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil {
+		return nil, fmt.Errorf("repository %s can't be made: %w", dir, err)
+	}
+	// Two first runs can make it at once: the last rename decides for both.
+	return Open(dir, fsys)
+}
+
+// NewUUID returns 128 random bits as 32 hex digits.
+func NewUUID() string {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+// Guests returns the names of all guests that have a folder, sorted.
+func (r *Repo) Guests() ([]string, error) {
+	entries, err := os.ReadDir(r.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", r.Dir, err)
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() && chain.CheckGuestName(e.Name()) == nil && e.Name() != "lost+found" {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
+}
+
+// Guest returns the folder of a guest, which need not exist yet.
+func (r *Repo) Guest(name string) (*Guest, error) {
+	if err := chain.CheckGuestName(name); err != nil {
+		return nil, err
+	}
+	return &Guest{Repo: r, Name: name, Dir: filepath.Join(r.Dir, name)}, nil
+}
+
+// Guest is one guest's folder.
+type Guest struct {
+	Repo *Repo
+	Name string
+	Dir  string
+}
+
+// Problem says what is wrong with one point.
+type Problem struct {
+	Point string // the folder's name
+	Err   error
+}
+
+// Points reads the manifests of all points, oldest first. A folder that looks like a point but can't be read as one is
+// returned as a problem; points that descend from it fail when their layers are looked for.
+func (g *Guest) Points() (chain.Points, []Problem, error) {
+	entries, err := os.ReadDir(g.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	var points chain.Points
+	var problems []Problem
+	for _, e := range entries {
+		id, err := chain.ParseID(e.Name())
+		if err != nil || !e.IsDir() {
+			continue
+		}
+		m, err := g.Point(id)
+		if err != nil {
+			problems = append(problems, Problem{e.Name(), err})
+			continue
+		}
+		points = append(points, m)
+	}
+	points.Sort()
+	return points, problems, nil
+}
+
+// Tip returns the id of the newest point, readable or not; "" if there is none.
+func (g *Guest) Tip() (chain.ID, error) {
+	entries, err := os.ReadDir(g.Dir) // sorted by name, as ids are by age
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	for _, e := range slices.Backward(entries) {
+		if id, err := chain.ParseID(e.Name()); err == nil && e.IsDir() {
+			return id, nil
+		}
+	}
+	return "", nil
+}
+
+// Point reads one manifest. It must be where it says it belongs.
+func (g *Guest) Point(id chain.ID) (*chain.Manifest, error) {
+	text, err := readFile(filepath.Join(g.PointDir(id), chain.ManifestFile), chain.MaxManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", chain.ErrDamaged, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, err)
+	}
+	m, err := chain.DecodeManifest(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, err)
+	}
+	if m.ID != id || m.Guest.Name != g.Name {
+		return nil, fmt.Errorf("%s/%s: %w: its manifest is that of %s/%s", g.Name, id, chain.ErrDamaged, m.Guest.Name, m.ID)
+	}
+	return m, nil
+}
+
+// PointDir is the folder of a point.
+func (g *Guest) PointDir(id chain.ID) string { return filepath.Join(g.Dir, string(id)) }
+
+// readFile reads a file of the repository, following no symbolic link in its last part and reading at most limit bytes.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	if info.Size() > limit {
+		return nil, fmt.Errorf("%s has %d bytes, more than the %d that it can have", path, info.Size(), limit)
+	}
+	text, err := io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return text, nil
+}

@@ -1,0 +1,61 @@
+// Qmchain-backup takes points of running QEMU guests, and lists them.
+package main
+
+import (
+	"errors"
+
+	"qmchain/backup"
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/cmd/internal/cli"
+	"qmchain/internal/ui"
+	"qmchain/qmp"
+)
+
+type grammar struct {
+	cli.Common
+	Run  runCmd  `cmd:"" help:"Take a point of a guest."`
+	List listCmd `cmd:"" help:"List the points in a repository."`
+	Info infoCmd `cmd:"" help:"Show a guest, its disks, and what tracks them."`
+}
+
+func program() cli.Program {
+	var g grammar
+	return cli.Program{
+		Name:        "qmchain-backup",
+		Description: "Live full and incremental backup of QEMU guests into chains of qcow2 images.",
+		Grammar:     &g,
+		Common:      &g.Common,
+		Explain:     explain,
+	}
+}
+
+func main() { cli.Main(program()) }
+
+// explain gives an error its exit code and, where there is one, the next step.
+func explain(err error) error {
+	for _, e := range []struct {
+		is   error
+		code int
+		hint string
+	}{
+		{backup.ErrUndo, ui.ExitNeedsDoctor, "run the backup again when the cause is mended: it first takes away what is left"},
+		{backup.ErrNeedsDoctor, ui.ExitNeedsDoctor, ""},
+		{backup.ErrBusy, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
+		{repo.ErrLocked, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
+		{qmp.ErrBusy, ui.ExitBusy, "a QMP socket serves one client at a time: give the backup a socket of its own"},
+		{qmp.ErrNotQMP, ui.ExitFailed, "--socket must name a QMP socket, made with -qmp or with -mon mode=control; QEMU's monitor for people and the guest agent's socket are not"},
+		{backup.ErrOtherGuest, ui.ExitFailed, "give this guest another --name, or take the folder over with --adopt, which begins new chains"},
+		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? A new repository needs an empty folder"},
+		{backup.ErrNotFound, ui.ExitNotFound, ""},
+		{chain.ErrDamaged, ui.ExitDamaged, ""},
+	} {
+		if errors.Is(err, e.is) {
+			if e.hint != "" {
+				err = ui.Hint(err, e.hint)
+			}
+			return ui.Exit(e.code, err)
+		}
+	}
+	return err
+}

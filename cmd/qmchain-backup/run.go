@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"qmchain/backup"
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/internal/durable"
+	"qmchain/internal/ui"
+)
+
+type runCmd struct {
+	Socket      string        `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
+	Name        string        `required:"" placeholder:"GUEST" help:"The guest's name in the repository."`
+	Repo        string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. The first run makes one in an empty folder."`
+	Level       chain.Level   `enum:"auto,full,inc" default:"auto" help:"auto: an increment of each disk where that is safe, else a full; full; inc: fail where an increment is not possible."`
+	Disk        []string      `placeholder:"D" help:"Only this disk. Can be given several times."`
+	ExcludeDisk []string      `placeholder:"D" help:"Not this disk. Can be given several times."`
+	Note        string        `placeholder:"TEXT" help:"A note to keep with the point."`
+	FleeceDir   string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
+	LockWait    time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
+	Adopt       bool          `help:"Go on though the newest point is of a guest with another UUID."`
+}
+
+func (c *runCmd) Run(ctx context.Context, u *ui.UI) error {
+	if err := chain.CheckGuestName(c.Name); err != nil {
+		return ui.Exit(ui.ExitUsage, err)
+	}
+	fleece, err := c.fleeceDir()
+	if err != nil {
+		return err
+	}
+	progress := u.NewProgress()
+	cfg := backup.Config{
+		Request: backup.Request{Level: c.Level, Disks: c.Disk, Exclude: c.ExcludeDisk, Note: c.Note, Adopt: c.Adopt},
+		Guest:   c.Name,
+		Addr:    c.Socket,
+		Repo: func() (*repo.Repo, error) {
+			return repo.OpenOrCreate(c.Repo, durable.FS{})
+		},
+		FleeceDir: fleece,
+		LockWait:  c.LockWait,
+		Log:       u.Log,
+		Progress:  &bars{progress: progress, bars: make(map[string]ui.Bar)},
+		Now:       time.Now,
+	}
+	began := time.Now()
+	result, err := backup.Run(ctx, cfg)
+	progress.Done()
+	if err != nil {
+		return err
+	}
+	var bytes uint64
+	for _, d := range result.Point.Disks {
+		bytes += uint64(d.Bytes)
+	}
+	u.Log.Infof("point %s/%s: %s, %s in %s", c.Name, result.Point.ID, result.Point.Level(), humanize.IBytes(bytes), time.Since(began).Round(time.Millisecond))
+	err = u.Result(false, nil, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s/%s\n", c.Name, result.Point.ID)
+		return err
+	})
+	if err == nil && len(result.Warnings) > 0 {
+		return ui.Exit(ui.ExitPartly, fmt.Errorf("point %s/%s is good, but not all went as asked: %s", c.Name, result.Point.ID, result.Warnings[0]))
+	}
+	return err
+}
+
+// fleeceDir returns the folder for fleece images, making it where it is the default.
+func (c *runCmd) fleeceDir() (string, error) {
+	if c.FleeceDir != "" {
+		info, err := os.Stat(c.FleeceDir)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return "", ui.Exit(ui.ExitNotFound, fmt.Errorf("--fleece-dir: %w", err))
+		case err != nil:
+			return "", fmt.Errorf("--fleece-dir: %w", err)
+		case !info.IsDir():
+			return "", ui.Exit(ui.ExitNotFound, fmt.Errorf("--fleece-dir: %s is not a folder", c.FleeceDir))
+		}
+		return c.FleeceDir, nil
+	}
+	base := "/var/lib"
+	if os.Geteuid() != 0 {
+		var err error
+		if base, err = os.UserCacheDir(); err != nil {
+			return "", fmt.Errorf("no folder for fleece images: %w", err)
+		}
+	}
+	dir := filepath.Join(base, "qmchain", "fleece")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("no folder for fleece images: %w", err)
+	}
+	return dir, nil
+}
+
+// bars shows each disk's progress as soon as there is some.
+type bars struct {
+	progress ui.Progress
+	mu       sync.Mutex
+	bars     map[string]ui.Bar
+}
+
+func (b *bars) Disk(name string, done, total int64) {
+	b.mu.Lock()
+	bar, ok := b.bars[name]
+	if !ok {
+		bar = b.progress.Bar(name, total)
+		b.bars[name] = bar
+	}
+	b.mu.Unlock()
+	bar.Set(done, total)
+}

@@ -1,0 +1,66 @@
+// Package child runs the external programs that qmchain needs, qemu-img above all, so that none of them outlives it.
+//
+// A child is killed when its context ends, when it takes longer than it may, and also when qmchain itself dies by
+// SIGKILL: a qemu-img that goes on writing into a folder which the next run is cleaning up is a defect.
+package child
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// maxOutput bounds what is kept of a child's output, in bytes.
+const maxOutput = 64 << 20
+
+// Run runs a program to its end and returns its standard output. A failure names the program and carries what it
+// wrote to standard error.
+func Run(ctx context.Context, limit time.Duration, name string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+
+	// The kernel sends the parent-death signal when the *thread* that made the child ends, so that thread is held
+	// until the child is gone.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = 5 * time.Second
+	var stdout, stderr limited
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	switch {
+	case err == nil && stdout.cut:
+		return nil, fmt.Errorf("%s: more than %d bytes of output", name, maxOutput)
+	case err == nil:
+		return stdout.Bytes(), nil
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return nil, fmt.Errorf("%s: not done within %s: %w", name, limit, context.DeadlineExceeded)
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("%s: %w", name, ctx.Err())
+	}
+	if text := strings.TrimSpace(stderr.String()); text != "" {
+		return nil, fmt.Errorf("%w: %s", err, text)
+	}
+	return nil, fmt.Errorf("%s: %w", name, err)
+}
+
+type limited struct {
+	bytes.Buffer
+	cut bool
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	if l.Len()+len(p) > maxOutput {
+		l.cut = true
+		return len(p), nil
+	}
+	return l.Buffer.Write(p)
+}

@@ -1,0 +1,162 @@
+// Package durable changes a file system so that what it reports as done survives a crash of the machine.
+//
+// A file is written under a temporary name, synced, renamed to its own name, and its folder is synced (Linux keeps a
+// rename only once the folder is on disk). A folder is renamed, made and removed with the same care. Every change to the
+// repository goes through this one package, so that one hook sees every step: tests use it to fail or to die before
+// step k, for every k.
+package durable
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// FS makes durable changes. The zero value is ready for use.
+type FS struct {
+	// Before, if not nil, is called before every single change with its kind ("create", "write", "sync", "rename",
+	// "mkdir", "remove", …) and the path that it changes. An error from it takes the place of the change.
+	Before func(op, path string) error
+}
+
+// Step announces a change that is about to be made by other means than this package, a child process for one, so that
+// it is counted like all others.
+func (f FS) Step(op, path string) error {
+	if f.Before == nil {
+		return nil
+	}
+	if err := f.Before(op, path); err != nil {
+		return &fs.PathError{Op: op, Path: path, Err: err}
+	}
+	return nil
+}
+
+// WriteFile makes the file path with exactly data in it, or leaves what was there: a reader sees the old file or the
+// whole new one, also after a crash.
+func (f FS) WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
+	if err := f.Step("create", path); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-"+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = tmp.Close()
+			_ = os.Remove(tmp.Name())
+		}
+	}()
+	if err := tmp.Chmod(perm); err != nil {
+		return err
+	}
+	if err := f.Step("write", path); err != nil {
+		return err
+	}
+	if _, err := tmp.Write(data); err != nil {
+		return err
+	}
+	if err := f.Step("sync", path); err != nil {
+		return err
+	}
+	if err := tmp.Sync(); err != nil {
+		return err
+	}
+	if err := tmp.Close(); err != nil {
+		return err
+	}
+	return f.Rename(tmp.Name(), path)
+}
+
+// Rename renames a file or a folder and syncs the folder that holds the new name. Both names must be in one folder or
+// the caller syncs the other one too.
+func (f FS) Rename(from, to string) error {
+	if err := f.Step("rename", to); err != nil {
+		return err
+	}
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return f.SyncDir(filepath.Dir(to))
+}
+
+// Mkdir makes a folder and syncs the folder that holds it. It is an error if it exists.
+func (f FS) Mkdir(path string, perm fs.FileMode) error {
+	if err := f.Step("mkdir", path); err != nil {
+		return err
+	}
+	if err := os.Mkdir(path, perm); err != nil {
+		return err
+	}
+	return f.SyncDir(filepath.Dir(path))
+}
+
+// Remove removes a file or an empty folder and syncs the folder that held it. It is no error if it is gone already.
+func (f FS) Remove(path string) error {
+	if err := f.Step("remove", path); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return f.SyncDir(filepath.Dir(path))
+}
+
+// RemoveAll removes a folder and the files in it, one level deep and deeper, each a step of its own. Symbolic links
+// are removed, never followed.
+func (f FS) RemoveAll(path string) error {
+	entries, err := os.ReadDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		p := filepath.Join(path, e.Name())
+		if e.IsDir() {
+			if err := f.RemoveAll(p); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := f.Step("remove", p); err != nil {
+			return err
+		}
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return f.Remove(path)
+}
+
+// SyncFile syncs a file that somebody else has written, QEMU for one: the sync of any descriptor reaches all data
+// of the file.
+func (f FS) SyncFile(path string) error {
+	if err := f.Step("sync", path); err != nil {
+		return err
+	}
+	return syncPath(path)
+}
+
+// SyncDir syncs a folder: the names in it are then on disk.
+func (f FS) SyncDir(path string) error {
+	if err := f.Step("syncdir", path); err != nil {
+		return err
+	}
+	return syncPath(path)
+}
+
+func syncPath(path string) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	if err := file.Sync(); err != nil {
+		_ = file.Close()
+		return fmt.Errorf("sync %s: %w", path, err)
+	}
+	return file.Close()
+}

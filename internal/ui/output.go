@@ -1,0 +1,40 @@
+package ui
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"text/tabwriter"
+)
+
+// Result writes a command's result to standard output: v as one JSON document, or what text writes. Columns that text
+// separates by tabs are lined up.
+func (u *UI) Result(asJSON bool, v any, text func(w io.Writer) error) error {
+	if asJSON {
+		enc := json.NewEncoder(u.stdout)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		if err := enc.Encode(v); err != nil {
+			return fmt.Errorf("standard output: %w", err)
+		}
+		return nil
+	}
+	tw := tabwriter.NewWriter(u.stdout, 0, 0, 2, ' ', 0)
+	if err := text(tw); err != nil {
+		return err
+	}
+	if err := tw.Flush(); err != nil {
+		return fmt.Errorf("standard output: %w", err)
+	}
+	return nil
+}
+
+// Event writes one event of a stream to standard output: JSON in one line.
+func (u *UI) Event(v any) error {
+	enc := json.NewEncoder(u.stdout)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("standard output: %w", err)
+	}
+	return nil
+}
