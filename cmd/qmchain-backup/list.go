@@ -45,8 +45,8 @@ type listDisk struct {
 	File        string      `json:"file"` // relative to the repository
 }
 
-func (c *listCmd) Run(_ context.Context, u *ui.UI) error {
-	r, err := repo.Open(c.Repo, durable.FS{})
+func (c *listCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
+	r, err := repo.Open(c.Repo, fsys)
 	if err != nil {
 		return err
 	}

@@ -3,11 +3,14 @@ package main
 
 import (
 	"errors"
+	"io/fs"
+	"syscall"
 
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 	"qmchain/qmp"
 )
@@ -19,18 +22,20 @@ type grammar struct {
 	Info infoCmd `cmd:"" help:"Show a guest, its disks, and what tracks them."`
 }
 
-func program() cli.Program {
+// program is qmchain-backup; all that it writes to a repository goes through fsys.
+func program(fsys durable.FS) cli.Program {
 	var g grammar
 	return cli.Program{
 		Name:        "qmchain-backup",
 		Description: "Live full and incremental backup of QEMU guests into chains of qcow2 images.",
 		Grammar:     &g,
 		Common:      &g.Common,
+		Bind:        []any{fsys},
 		Explain:     explain,
 	}
 }
 
-func main() { cli.Main(program()) }
+func main() { cli.Main(program(durable.FS{})) }
 
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
@@ -48,6 +53,8 @@ func explain(err error) error {
 		{backup.ErrOtherGuest, ui.ExitFailed, "give this guest another --name, or take the folder over with --adopt, which begins new chains"},
 		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? A new repository needs an empty folder"},
 		{backup.ErrNotFound, ui.ExitNotFound, ""},
+		{syscall.ECONNREFUSED, ui.ExitNotFound, "nobody listens there: is the guest running?"},
+		{fs.ErrNotExist, ui.ExitNotFound, ""},
 		{chain.ErrDamaged, ui.ExitDamaged, ""},
 	} {
 		if errors.Is(err, e.is) {

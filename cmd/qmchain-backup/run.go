@@ -33,7 +33,7 @@ type runCmd struct {
 	Adopt       bool          `help:"Go on though the newest point is of a guest with another UUID."`
 }
 
-func (c *runCmd) Run(ctx context.Context, u *ui.UI) error {
+func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if err := chain.CheckGuestName(c.Name); err != nil {
 		return ui.Exit(ui.ExitUsage, err)
 	}
@@ -47,7 +47,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI) error {
 		Guest:   c.Name,
 		Addr:    c.Socket,
 		Repo: func() (*repo.Repo, error) {
-			return repo.OpenOrCreate(c.Repo, durable.FS{})
+			return repo.OpenOrCreate(c.Repo, fsys)
 		},
 		FleeceDir: fleece,
 		LockWait:  c.LockWait,

@@ -36,10 +36,12 @@ type Env struct {
 type Program struct {
 	Name        string
 	Description string
-	// Grammar points to a kong grammar whose commands have a method Run(context.Context, *ui.UI) error. Common must point
-	// to the Common in it.
+	// Grammar points to a kong grammar whose commands have a method Run(context.Context, *ui.UI, …) error. Common must
+	// point to the Common in it.
 	Grammar any
 	Common  *Common
+	// Bind are further arguments for the commands' Run methods, by type.
+	Bind []any
 	// Explain gives an error its exit code and its hint.
 	Explain func(error) error
 }
@@ -89,5 +91,6 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 	defer u.Close()
 	kctx.BindTo(ctx, (*context.Context)(nil))
 	kctx.Bind(u)
+	kctx.Bind(p.Bind...)
 	return u.Finish(p.Explain(kctx.Run()))
 }
