@@ -71,6 +71,21 @@ func each(t *testing.T, styles []testenv.Style, f func(*testing.T, testenv.QEMU,
 	}
 }
 
+// eachInOneStyle runs a test on every QEMU in the style that goes with it: Proxmox VE 8's with the old ones, 9's with the
+// others.
+func eachInOneStyle(t *testing.T, f func(*testing.T, testenv.QEMU, testenv.Style)) {
+	for _, q := range testenv.QEMUs(t) {
+		style := testenv.Drive
+		if q.AtLeast(10, 0) {
+			style = testenv.Throttle
+		}
+		t.Run(q.Name+"/"+style.String(), func(t *testing.T) {
+			t.Parallel()
+			f(t, q, style)
+		})
+	}
+}
+
 type silent struct{}
 
 func (silent) Disk(string, int64, int64) {}
