@@ -40,27 +40,27 @@ func Run(ctx context.Context, limit time.Duration, name string, args ...string) 
 	case err == nil && stdout.cut:
 		return nil, fmt.Errorf("%s: more than %d bytes of output", name, maxOutput)
 	case err == nil:
-		return stdout.Bytes(), nil
+		return stdout.kept.Bytes(), nil
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return nil, fmt.Errorf("%s: not done within %s: %w", name, limit, context.DeadlineExceeded)
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("%s: %w", name, ctx.Err())
 	}
-	if text := strings.TrimSpace(stderr.String()); text != "" {
+	if text := strings.TrimSpace(stderr.kept.String()); text != "" {
 		return nil, fmt.Errorf("%w: %s", err, text)
 	}
 	return nil, fmt.Errorf("%s: %w", name, err)
 }
 
+// limited keeps the first maxOutput bytes. It does not embed its buffer, whose ReadFrom would let io.Copy pass it by.
 type limited struct {
-	bytes.Buffer
-	cut bool
+	kept bytes.Buffer
+	cut  bool
 }
 
 func (l *limited) Write(p []byte) (int, error) {
-	if l.Len()+len(p) > maxOutput {
-		l.cut = true
-		return len(p), nil
-	}
-	return l.Buffer.Write(p)
+	keep := p[:min(len(p), maxOutput-l.kept.Len())]
+	l.cut = l.cut || len(keep) < len(p)
+	l.kept.Write(keep)
+	return len(p), nil
 }
