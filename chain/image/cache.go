@@ -60,9 +60,9 @@ func (c *cache[V]) get(k key) (V, bool) {
 	return e.value, true
 }
 
-// load returns the value of k. If there is none yet, it comes from make, which
+// load returns the value of k. If there is none yet, it comes from produce, which
 // returns its size in bytes too. Errors are not kept.
-func (c *cache[V]) load(k key, make func() (V, int64, error)) (V, error) {
+func (c *cache[V]) load(k key, produce func() (V, int64, error)) (V, error) {
 	if v, ok := c.get(k); ok {
 		return v, nil
 	}
@@ -76,12 +76,12 @@ func (c *cache[V]) load(k key, make func() (V, int64, error)) (V, error) {
 		<-f.done
 		return f.value, f.err
 	}
-	f := &flight[V]{done: newDone()}
+	f := &flight[V]{done: make(chan struct{})}
 	c.making[k] = f
 	c.mu.Unlock()
 
 	var bytes int64
-	f.value, bytes, f.err = make()
+	f.value, bytes, f.err = produce()
 
 	c.mu.Lock()
 	delete(c.making, k)
@@ -92,8 +92,6 @@ func (c *cache[V]) load(k key, make func() (V, int64, error)) (V, error) {
 	close(f.done)
 	return f.value, f.err
 }
-
-func newDone() chan struct{} { return make(chan struct{}) }
 
 // insert adds a value and makes room for it. One that is larger than the whole
 // cache stays until the next one comes. The caller holds the lock.

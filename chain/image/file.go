@@ -52,7 +52,7 @@ type file struct {
 	// verify, if set, looks at a file that was opened again.
 	verify func(io.ReaderAt) error
 
-	// refs is the number of reads in progress, or closed.
+	// refs is the number of reads in progress, or notOpen.
 	refs atomic.Int64
 	used atomic.Bool
 	fd   int // valid while refs >= 0
@@ -60,7 +60,7 @@ type file struct {
 	listed bool // in files.open; guarded by files.mu
 }
 
-const closed = -1
+const notOpen = -1
 
 // stat returns the stamp of the file that is at path now.
 func (t *files) stat(path, name string) (stamp, error) {
@@ -77,7 +77,7 @@ func (t *files) stat(path, name string) (stamp, error) {
 // newFile returns the file at path, not yet open, which must have the stamp.
 func (t *files) newFile(path, name string, s stamp) *file {
 	f := &file{files: t, path: path, name: name, stamp: s}
-	f.refs.Store(closed)
+	f.refs.Store(notOpen)
 	return f
 }
 
@@ -197,7 +197,7 @@ func (t *files) evict() bool {
 
 // close closes f unless it is being read or not open. The caller holds the lock.
 func (t *files) close(f *file) bool {
-	if !f.refs.CompareAndSwap(0, closed) {
+	if !f.refs.CompareAndSwap(0, notOpen) {
 		return false
 	}
 	_ = unix.Close(f.fd) // nothing was written

@@ -42,11 +42,15 @@ func makeSeeds(t *testing.T) {
 	}
 	make1("v3", "cluster_size=512", 65536, writes...)
 	make1("v2", "cluster_size=512,compat=0.10", 65536, writes...)
-	make1("sparse", "cluster_size=512", 100<<20, "write -P 1 50M 100")
+	make1("sparse", "cluster_size=512", 10<<20, "write -P 1 5M 100")
 	make1("zlib", "cluster_size=512", 65536, append([]string{"write -c -P 1 0 1024", "write -c -P 2 30720 512"}, writes[1:]...)...)
-	make1("zstd", "cluster_size=4k,compression_type=zstd", 65536, append([]string{"write -c -P 1 0 8192", "write -c -P 2 32768 4096"}, writes[1:]...)...)
-	make1("extended", "cluster_size=16k,extended_l2=on", 65536, writes...)
-	path := make1("snapshots", "cluster_size=512", 65536, writes[:2]...)
+	make1("zstd", "cluster_size=1k,compression_type=zstd", 65536, append([]string{"write -c -P 1 0 2048", "write -c -P 2 32768 1024"}, writes[1:]...)...)
+	path := make1("extended", "cluster_size=16k,extended_l2=on", 65536, "write -P 1 512 1000", "write -z 4096 1024")
+	// The last cluster needn't be there whole.
+	if err := os.Truncate(path, 5*16384+2048); err != nil {
+		t.Fatal(err)
+	}
+	path = make1("snapshots", "cluster_size=512", 65536, writes[:2]...)
 	imagetest.QemuImg(t, "snapshot", "-c", "one", path)
 	imagetest.QemuIO(t, "qcow2", path, writes[2:]...)
 	imagetest.QemuImg(t, "snapshot", "-c", "two", path)

@@ -28,7 +28,7 @@ type layerKey struct {
 }
 
 // open reads what makes l usable. It is called once, before l is shared.
-func (l *layer) open() error {
+func (l *layer) open(p *Pool) error {
 	switch l.key.format {
 	case Raw:
 		l.size = l.key.stamp.size
@@ -37,7 +37,7 @@ func (l *layer) open() error {
 			return err
 		}
 	case Qcow2:
-		disk, err := qcow2.Open(l.file, l.key.stamp.size, qcow2.Options{Snapshot: l.key.snapshot})
+		disk, err := qcow2.Open(l.file, l.key.stamp.size, qcow2.Options{Snapshot: l.key.snapshot, Buffers: &p.tables})
 		if err != nil {
 			return fmt.Errorf("%s: %w", l.key.name, err)
 		}
@@ -49,19 +49,8 @@ func (l *layer) open() error {
 	return nil
 }
 
-// span is the guest range whose runs are read and kept together: what 64 KiB of
-// L2 entries map, and at least a group.
-func (l *layer) span() int64 {
-	h := l.disk.Header()
-	return max(groupSize, min(l.disk.TableSpan(), h.ClusterSize()*(64<<10)/l2EntryBytes(h)))
-}
-
-func l2EntryBytes(h *qcow2.Header) int64 {
-	if h.Incompatible&qcow2.ExtendedL2 != 0 {
-		return 16
-	}
-	return 8
-}
+// span is the guest range whose runs are read and kept together.
+func (l *layer) span() int64 { return max(groupSize, l.disk.Span()) }
 
 // extents appends to dst what the layer itself holds of group g, its own zeroes
 // too.
@@ -205,7 +194,7 @@ func (l *layer) next(off int64) (int64, error) {
 	return data, nil
 }
 
-// read reads p from offset off of the file; what a data cluster lacks at the end
+// read reads p from offset off of the file; what the last cluster lacks at the end
 // of the file is zeroes.
 func (l *layer) read(p []byte, off int64) error {
 	size := l.key.stamp.size

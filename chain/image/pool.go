@@ -26,8 +26,9 @@ type Pool struct {
 
 	decoder *qcow2.Decoder
 	helpers chan struct{} // a place for each goroutine that helps a large read
-	scratch sync.Pool     // *scratch
-	inputs  sync.Pool     // *[]byte, for compressed clusters
+	tables  qcow2.Buffers
+	scratch sync.Pool // *scratch
+	inputs  sync.Pool // *[]byte, for compressed clusters
 
 	mu     sync.Mutex
 	lastID uint64
@@ -120,7 +121,7 @@ func (p *Pool) layer(spec Layer) (*layer, error) {
 	if l == nil {
 		// Without the lock: a slow file must not hold up other images.
 		l = &layer{key: k, file: p.files.newFile(spec.Path, spec.Name, now)}
-		if err := l.open(); err != nil {
+		if err := l.open(p); err != nil {
 			p.files.forget(l.file)
 			return nil, err
 		}

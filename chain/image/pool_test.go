@@ -308,6 +308,36 @@ func TestCutOff(t *testing.T) {
 	}
 }
 
+// A part of the last cluster may be missing from the file and reads as zeroes.
+// More than that is damage, for qemu-img check too.
+func TestTail(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	whole := filepath.Join(dir, "disk.qcow2")
+	imagetest.QemuImg(t, "create", "-q", "-f", "qcow2", whole, "1M")
+	imagetest.QemuIO(t, "qcow2", whole, "write -P 5 0 1M")
+	b, err := os.ReadFile(whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const cluster = 64 << 10
+	for _, less := range []int{1, 512, 1000, cluster - 1, cluster, cluster + 1} {
+		path := filepath.Join(dir, fmt.Sprint(less))
+		if err := os.WriteFile(path, b[:len(b)-less], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		img := open(t, image.NewPool(image.PoolOptions{}), layerOf(path, image.Qcow2))
+		if less >= cluster {
+			if _, err := img.ReadAt(make([]byte, 1), 1<<20-1); !errors.Is(err, qcow2.ErrCorrupt) {
+				t.Errorf("%d bytes less: %v", less, err)
+			}
+			continue
+		}
+		imagetest.QemuImg(t, "check", "-q", "-f", "qcow2", path)
+		imagetest.Run(t, opener(layerOf(path, image.Qcow2)), imagetest.Content(t, "qcow2", path))
+	}
+}
+
 // Corrupt entries spoil only what they map; what a layer above hides doesn't matter.
 func TestCorruptCluster(t *testing.T) {
 	t.Parallel()

@@ -77,7 +77,26 @@ func (r Run) Err() error {
 type Options struct {
 	// Snapshot is the id or the name of an internal snapshot; "" is the active disk.
 	Snapshot string
+	// Buffers may be shared by many images; nil gives the image its own.
+	Buffers *Buffers
 }
+
+// Buffers lends the memory that tables are read into. The zero value is ready.
+type Buffers struct {
+	pool sync.Pool // *[chunk]byte
+}
+
+// chunk is how much of a table is read at once.
+const chunk = 64 << 10
+
+func (b *Buffers) get() *[chunk]byte {
+	if buf, ok := b.pool.Get().(*[chunk]byte); ok {
+		return buf
+	}
+	return new([chunk]byte)
+}
+
+func (b *Buffers) put(buf *[chunk]byte) { b.pool.Put(buf) }
 
 // Image maps the virtual disk of one image file. It holds no table, only one bit
 // for each L2 table. All methods may be called concurrently.
@@ -91,11 +110,8 @@ type Image struct {
 	tables    int64    // L1 entries that matter
 	allocated []uint64 // a bit for each of them that is not zero
 
-	bufs sync.Pool // *[chunk]byte
+	bufs *Buffers
 }
-
-// chunk is how much of a table is read at once.
-const chunk = 64 << 10
 
 // Open reads the header and the L1 table of the image file r, fileSize bytes
 // long; r must allow concurrent use. Errors: as ReadHeader and Header.Supported.
@@ -107,8 +123,10 @@ func Open(r io.ReaderAt, fileSize int64, opts Options) (*Image, error) {
 	if err := h.Supported(); err != nil {
 		return nil, err
 	}
-	m := &Image{r: r, fileSize: fileSize, h: h, size: h.VirtualSize, l1Offset: h.l1Offset}
-	m.bufs.New = func() any { return new([chunk]byte) }
+	m := &Image{r: r, fileSize: fileSize, h: h, size: h.VirtualSize, l1Offset: h.l1Offset, bufs: opts.Buffers}
+	if m.bufs == nil {
+		m.bufs = &Buffers{}
+	}
 	entries := h.l1Entries
 	if opts.Snapshot != "" {
 		s, err := findSnapshot(r, fileSize, h, opts.Snapshot)
@@ -130,8 +148,8 @@ func Open(r io.ReaderAt, fileSize int64, opts Options) (*Image, error) {
 // readL1 finds out which L2 tables there are.
 func (m *Image) readL1() error {
 	m.allocated = make([]uint64, (m.tables+63)/64)
-	buf := m.bufs.Get().(*[chunk]byte)
-	defer m.bufs.Put(buf)
+	buf := m.bufs.get()
+	defer m.bufs.put(buf)
 	for i := int64(0); i < m.tables; {
 		b := buf[:min((m.tables-i)*8, chunk)]
 		if err := readFull(m.r, b, m.l1Offset+i*8); err != nil {
@@ -152,8 +170,12 @@ func (m *Image) Header() *Header { return m.h }
 // Size returns the size of the virtual disk in bytes.
 func (m *Image) Size() int64 { return m.size }
 
-// TableSpan returns how many bytes of the virtual disk an L2 table maps: a power of two.
-func (m *Image) TableSpan() int64 { return 1 << m.h.tableBits() }
+// Span returns how many bytes of the virtual disk are mapped by the part of an L2
+// table that is read at once (64 KiB at most): a power of two. To read each table
+// only once, map ranges that are multiples of it.
+func (m *Image) Span() int64 {
+	return min(1<<m.h.tableBits(), chunk/m.h.l2EntryBytes()<<m.h.ClusterBits)
+}
 
 // Next returns the first offset from off on, or Size, before which nothing is
 // allocated. It costs no input or output and knows only whole L2 tables.
@@ -206,10 +228,10 @@ func (m *Image) Map(off, length int64, dst []Run) ([]Run, error) {
 		end = off + length
 	}
 	w := walker{m: m, runs: dst, keep: len(dst)}
-	l1 := m.bufs.Get().(*[chunk]byte)
-	defer m.bufs.Put(l1)
-	l2 := m.bufs.Get().(*[chunk]byte)
-	defer m.bufs.Put(l2)
+	l1 := m.bufs.get()
+	defer m.bufs.put(l1)
+	l2 := m.bufs.get()
+	defer m.bufs.put(l2)
 
 	tableBits := m.h.tableBits()
 	last := (end - 1) >> tableBits
@@ -289,13 +311,22 @@ func (w *walker) table(l1 uint64, off, end int64, buf []byte) error {
 	}
 	cluster, entryLen := m.h.ClusterSize(), m.h.l2EntryBytes()
 	for off < end {
-		index := off & (m.TableSpan() - 1) >> m.h.ClusterBits
+		index := off & (1<<m.h.tableBits() - 1) >> m.h.ClusterBits
 		count := (end - 1 - off&^(cluster-1)) >> m.h.ClusterBits // clusters after off's
 		b := buf[:min((count+1)*entryLen, int64(len(buf)))]
 		if err := readFull(m.r, b, table+index*entryLen); err != nil {
 			return fmt.Errorf("L2 table: %w", err)
 		}
 		for ; len(b) > 0; b = b[entryLen:] {
+			// Most of an increment's tables is this.
+			if n := zeroEntries(b, entryLen); n > 0 {
+				stop := min(end, off&^(cluster-1)+n<<m.h.ClusterBits)
+				w.add(Run{Off: off, Len: stop - off, Kind: Unallocated})
+				off = stop
+				if b = b[n*entryLen:]; len(b) == 0 {
+					break
+				}
+			}
 			stop := min(end, off&^(cluster-1)+cluster)
 			entry := binary.BigEndian.Uint64(b)
 			if entryLen == 16 && entry&compressed == 0 {
@@ -309,6 +340,15 @@ func (w *walker) table(l1 uint64, off, end int64, buf []byte) error {
 		}
 	}
 	return nil
+}
+
+// zeroEntries returns how many of the first entries in b are zero.
+func zeroEntries(b []byte, entryLen int64) int64 {
+	n := 0
+	for n < len(b) && binary.NativeEndian.Uint64(b[n:]) == 0 {
+		n += 8
+	}
+	return int64(n) / entryLen
 }
 
 // decode returns the run, but for its range, of a cluster with the L2 entry, at
@@ -342,9 +382,9 @@ func (m *Image) decode(entry uint64, off int64) Run {
 		return Run{Kind: Zero}
 	case host == 0:
 		return Run{Kind: Unallocated}
-	case host > m.fileSize:
-		// What qemu-img check allows too: the last cluster may not have been
-		// written, or not to its end; what is missing reads as zeroes.
+	case host >= m.fileSize:
+		// The last cluster may not have been written to its end; what is missing
+		// reads as zeroes. More is damage, for qemu-img check too.
 		return invalid(badOutside)
 	}
 	return Run{Kind: Data, Host: host + inCluster}
@@ -363,7 +403,7 @@ func (w *walker) subclusters(entry, bitmap uint64, off, end int64) {
 		bad = badReserved
 	case host&(m.h.ClusterSize()-1) != 0:
 		bad = badUnaligned
-	case host > m.fileSize:
+	case alloc != 0 && host >= m.fileSize:
 		bad = badOutside
 	case alloc&zero != 0, host == 0 && alloc != 0:
 		bad = badSubclusters

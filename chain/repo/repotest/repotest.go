@@ -241,42 +241,44 @@ func tool(ctx context.Context, stdin, name string, args ...string) error {
 // Want is what a disk of a point must read as, every byte of it.
 func (g *Guest) Want(id chain.ID, disk string) []byte {
 	g.tb.Helper()
-	data, err := g.want(chain.ImageRef{Point: id, Disk: disk})
-	if err != nil {
+	data := make([]byte, g.made[key(id, disk)].Size)
+	if err := g.fill(data, chain.ImageRef{Point: id, Disk: disk}); err != nil {
 		g.tb.Fatalf("repotest: %v", err)
 	}
 	return data
 }
 
-func (g *Guest) want(ref chain.ImageRef) ([]byte, error) {
+// fill does to data, which is zeroes, what was done to make an image and those that it is based on.
+func (g *Guest) fill(data []byte, ref chain.ImageRef) error {
 	from, ok := g.made[key(ref.Point, ref.Disk)]
 	if !ok {
-		return nil, fmt.Errorf("no disk %s in point %s", ref.Disk, ref.Point)
+		return fmt.Errorf("no disk %s in point %s", ref.Disk, ref.Point)
 	}
-	data := make([]byte, from.Size)
+	data = data[:min(int64(len(data)), from.Size)]
 	switch {
 	case from.parent != nil:
-		below, err := g.want(*from.parent)
-		if err != nil {
-			return nil, err
+		if err := g.fill(data, *from.parent); err != nil {
+			return err
 		}
-		copy(data, below)
 	case from.Image != "":
 		f, err := os.ReadFile(from.Image)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		copy(data, f)
 	}
 	for _, w := range from.Write {
-		part := data[w.Off : w.Off+w.Len]
+		if w.Off >= int64(len(data)) {
+			continue
+		}
+		part := data[w.Off:min(w.Off+w.Len, int64(len(data)))]
 		if w.Zero {
 			clear(part)
 			continue
 		}
 		copy(part, bytes.Repeat([]byte{w.Fill}, len(part)))
 	}
-	return data, nil
+	return nil
 }
 
 // ImagePath is the path of the image of a disk in a point.
