@@ -131,12 +131,13 @@ type Disk struct {
 	// Left says why the disk can't or shall not be backed up; empty: it can.
 	Left string `json:"left_out,omitempty"`
 
-	device  string // absolute QOM path of the frontend, whose "drive" property names the top node
-	top     string // the node that the device uses
-	below   string // the node that the copy-before-write filter goes onto
-	format  string // the node of the guest's image, which has the bitmaps
-	bitmaps []qmp.DirtyBitmap
-	compat  string // of a qcow2 image: "0.10" can't store bitmaps
+	device    string // absolute QOM path of the frontend, whose "drive" property names the top node
+	top       string // the node that the device uses
+	below     string // the node that the copy-before-write filter goes onto
+	format    string // the node of the guest's image, which has the bitmaps
+	bitmaps   []qmp.DirtyBitmap
+	allocated int64  // bytes that the guest's image takes in its storage
+	compat    string // of a qcow2 image: "0.10" can't store bitmaps
 	// switchable is set where the top node is a throttle filter of the guest's own, which blockdev-reopen can switch.
 	switchable bool
 }
@@ -187,6 +188,7 @@ func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
 		image = next
 	}
 	d.format, d.Driver, d.File = image.name, image.driver, image.filename
+	d.allocated = min(image.info.Image.ActualSize, d.Size)
 	d.bitmaps, d.compat = image.info.DirtyBitmaps, compatOf(image.info)
 	if top.driver == "throttle" {
 		d.switchable = true

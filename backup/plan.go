@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"qmchain/chain"
 )
@@ -20,11 +21,13 @@ var ErrOtherGuest = errors.New("another guest")
 
 // Request is what the user asked for.
 type Request struct {
-	Level   chain.Level // Auto, chain.Full or chain.Inc
-	Disks   []string    // only these; empty: all
-	Exclude []string    // not these
-	Note    string
-	Adopt   bool // go on though the newest point is another guest's
+	Level     chain.Level // Auto, or one of chain's
+	Disks     []string    // only these; empty: all
+	Exclude   []string    // not these
+	NewChain  Rotation    // with Auto: when to begin a new chain
+	Threshold int64       // make no point if all disks are increments and these hold less, in bytes
+	Note      string
+	Adopt     bool // go on though the newest point is another guest's
 }
 
 // PlannedDisk is what will be done with one disk.
@@ -35,8 +38,9 @@ type PlannedDisk struct {
 	Unplanned bool         // a full where an increment was to be expected
 	Parent    *chain.Layer // of an increment
 	Old       string       // the bitmap that tells what an increment copies
-	New       string       // the bitmap that records from this point on
+	New       string       // the bitmap that records from this point on; empty where tracking stays as it is
 	Kind      string       // chain.KindPersistent or chain.KindMemory
+	Estimate  int64        // bytes to copy: what the bitmap has marked, or what the guest's image has allocated
 	Stray     []string     // bitmaps of ours that no point of the repository explains; left alone
 }
 
@@ -47,11 +51,26 @@ type Plan struct {
 	Left  []Disk // with the reason in Disk.Left
 }
 
+// Estimate is how much will be copied, in bytes.
+func (p *Plan) Estimate() int64 {
+	var sum int64
+	for _, d := range p.Disks {
+		sum += d.Estimate
+	}
+	return sum
+}
+
+// below reports whether the plan is one of increments alone that hold less than threshold.
+func (p *Plan) below(threshold int64) bool {
+	return p.Estimate() < threshold && !slices.ContainsFunc(p.Disks, func(d PlannedDisk) bool { return !d.Level.Overlay() })
+}
+
 // planner holds what planning depends on. It does no input or output of its own but through sound.
 type planner struct {
 	repo   string // the short id of the repository
 	points chain.Points
 	guest  chain.GuestIdentity
+	now    time.Time
 	// sound checks that the image files of a disk in a point are all there and are what their manifests say.
 	sound func(chain.Layer) error
 }
@@ -79,12 +98,9 @@ func (p planner) plan(id chain.ID, disks []Disk, req Request) (*Plan, error) {
 			plan.Left = append(plan.Left, d)
 			continue
 		}
-		pd := p.disk(id, d)
-		switch {
-		case req.Level == chain.Full:
-			pd = pd.full("asked for")
-		case req.Level == chain.Inc && pd.Level != chain.Inc:
-			return nil, fmt.Errorf("disk %s: an increment is not possible: %s", d.Name, pd.Reason)
+		pd, err := p.disk(id, d).atLevel(req, p)
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		plan.Disks = append(plan.Disks, pd)
 	}
@@ -110,9 +126,39 @@ func diskNames(disks []Disk) string {
 	return strings.Join(names, ", ")
 }
 
+// atLevel makes of a disk's plan for Auto one for the level that was asked for.
+func (pd PlannedDisk) atLevel(req Request, p planner) (PlannedDisk, error) {
+	switch req.Level {
+	case chain.Full:
+		pd = pd.full("asked for")
+	case chain.Copy:
+		pd = pd.full("asked for")
+		pd.Level, pd.New = chain.Copy, ""
+	case chain.Inc, chain.Diff:
+		if pd.Level != chain.Inc {
+			return pd, fmt.Errorf("an increment is not possible: %s", pd.Reason)
+		}
+		if pd.Level = req.Level; pd.Level == chain.Diff {
+			pd.New = ""
+		}
+	default:
+		if pd.Level != chain.Inc {
+			break
+		}
+		layers, err := p.points.Layers(pd.Parent.Point, pd.Parent.Disk.Name)
+		if err != nil {
+			return pd, err
+		}
+		if reason := req.NewChain.due(layers, p.now); reason != "" {
+			pd = pd.full(reason)
+		}
+	}
+	return pd, nil
+}
+
 // disk plans one disk for the level Auto.
 func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
-	pd := PlannedDisk{Disk: d, Kind: chain.KindMemory}
+	pd := PlannedDisk{Disk: d, Kind: chain.KindMemory, Estimate: d.allocated}
 	pd.New = chain.BitmapName{Repo: p.repo, Point: id, Disk: d.Name}.String()
 	if d.Driver == "qcow2" && d.compat != "0.10" {
 		pd.Kind = chain.KindPersistent
@@ -139,7 +185,7 @@ func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
 		case b.Busy:
 			reason = "its bitmap is in use by another job"
 		default:
-			parents = append(parents, candidate{b.Name, parent})
+			parents = append(parents, candidate{b.Name, b.Count, parent})
 			continue
 		}
 		reasons = append(reasons, reason)
@@ -171,13 +217,14 @@ func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
 	if err := p.sound(*parent); err != nil {
 		return pd.unplanned(fmt.Sprintf("its chain can't be built on: %v", err))
 	}
-	pd.Level, pd.Parent, pd.Old = chain.Inc, parent, newest.bitmap
+	pd.Level, pd.Parent, pd.Old, pd.Estimate = chain.Inc, parent, newest.bitmap, newest.count
 	return pd
 }
 
 // candidate is a bitmap that records from an image of the repository.
 type candidate struct {
 	bitmap string
+	count  int64 // bytes marked
 	layer  *chain.Layer
 }
 
@@ -190,7 +237,7 @@ func (p planner) known(disk string) bool {
 }
 
 func (pd PlannedDisk) full(reason string) PlannedDisk {
-	pd.Level, pd.Reason, pd.Parent, pd.Old, pd.Unplanned = chain.Full, reason, nil, "", false
+	pd.Level, pd.Reason, pd.Parent, pd.Old, pd.Unplanned, pd.Estimate = chain.Full, reason, nil, "", false, pd.allocated
 	return pd
 }
 

@@ -265,3 +265,86 @@ func TestUselessBitmaps(t *testing.T) {
 		}
 	}
 }
+
+func TestPlanLevels(t *testing.T) {
+	p1 := testPoint(id1, testImage("scsi0", nil, ""))
+	p := planner{repo: repoID, points: chain.Points{p1}, guest: p1.Guest, now: time.Unix(86400*40, 0).UTC(), sound: func(chain.Layer) error { return nil }}
+	tracked := testDisk("scsi0", recording(id1, "scsi0"))
+	tracked.bitmaps[0].Count, tracked.allocated = 65536, 1<<20
+
+	for level, want := range map[chain.Level]PlannedDisk{
+		chain.Diff: {Level: chain.Diff, Old: bitmapOf(id1, "scsi0"), Estimate: 65536},
+		chain.Inc:  {Level: chain.Inc, Old: bitmapOf(id1, "scsi0"), New: bitmapOf(idNew, "scsi0"), Estimate: 65536},
+		chain.Copy: {Level: chain.Copy, Reason: "asked for", Estimate: 1 << 20},
+		chain.Full: {Level: chain.Full, Reason: "asked for", New: bitmapOf(idNew, "scsi0"), Estimate: 1 << 20},
+	} {
+		plan, err := p.plan(idNew, []Disk{tracked}, Request{Level: level})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := plan.Disks[0]
+		if d.Level != want.Level || d.Reason != want.Reason || d.Old != want.Old || d.New != want.New || d.Estimate != want.Estimate {
+			t.Errorf("%s: %+v", level, d)
+		}
+		if (d.Parent != nil) != d.Level.Overlay() {
+			t.Errorf("%s: parent %v", level, d.Parent)
+		}
+		if got := plan.below(65537); got != level.Overlay() {
+			t.Errorf("%s: below the threshold: %v", level, got)
+		}
+		if plan.below(65536) {
+			t.Errorf("%s: at the threshold it is not below", level)
+		}
+	}
+	if _, err := p.plan(idNew, []Disk{testDisk("scsi0")}, Request{Level: chain.Diff}); err == nil {
+		t.Error("a diff since nothing")
+	}
+
+	rotation, err := ParseRotation("monthly")
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := p.plan(idNew, []Disk{tracked}, Request{Level: Auto, NewChain: rotation})
+	if err != nil || plan.Disks[0].Level != chain.Full || plan.Disks[0].Unplanned || !strings.Contains(plan.Disks[0].Reason, "monthly") {
+		t.Errorf("with a new chain due: %+v, %v", plan, err)
+	}
+}
+
+func TestRotation(t *testing.T) {
+	began := time.Date(2026, 11, 29, 23, 0, 0, 0, time.UTC) // a Sunday
+	full := testPoint(id1, testImage("scsi0", nil, ""))
+	full.Time = began
+	layers := []chain.Layer{{Point: full}, {Point: full}, {Point: full}}
+	for _, test := range []struct {
+		rule string
+		now  time.Time
+		due  bool
+	}{
+		{"", began.AddDate(9, 0, 0), false},
+		{"daily", began.Add(59 * time.Minute), false},
+		{"daily", began.Add(time.Hour), true},
+		{"daily", began.Add(59 * time.Minute).In(time.FixedZone("", 3600)), false}, // midnight passed before it began
+		{"weekly", began.Add(time.Hour), true},
+		{"weekly", began.AddDate(0, 0, -3), false},
+		{"monthly", began.Add(24 * time.Hour), false},
+		{"monthly", began.Add(25 * time.Hour), true},
+		{"points:3", began, true},
+		{"points:4", began, false},
+		{"age:30d", began.Add(30*24*time.Hour - time.Second), false},
+		{"age:30d", began.Add(30 * 24 * time.Hour), true},
+		{"age:2h", began.Add(2 * time.Hour), true},
+	} {
+		r, err := ParseRotation(test.rule)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reason := r.due(layers, test.now); (reason != "") != test.due {
+			t.Errorf("%s at %s: %q", test.rule, test.now, reason)
+		}
+	}
+	for _, bad := range []string{"yearly", "points", "points:", "points:0", "points:-1", "age:", "age:d", "age:0d", "age:5", "age:5y", "age:99999999999999999999d", "monthly:2"} {
+		if _, err := ParseRotation(bad); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}

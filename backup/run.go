@@ -52,7 +52,7 @@ type Config struct {
 
 // Result is what a run has made.
 type Result struct {
-	Point *chain.Manifest
+	Point *chain.Manifest // nil: less has changed than Request.Threshold
 	Plan  *Plan
 	// Warnings are what went not quite as asked: the point is good all the same.
 	Warnings []string
@@ -163,8 +163,12 @@ func (s *session) run(ctx context.Context) error {
 	if s.plan, err = s.makePlan(v); err != nil {
 		return err
 	}
-	s.report()
 	s.result.Plan = s.plan
+	if s.plan.below(s.cfg.Threshold) {
+		s.log.Infof("no point: %d bytes have changed, which is less than %d", s.plan.Estimate(), s.cfg.Threshold)
+		return nil
+	}
+	s.report()
 	if err := s.checkSupport(ctx, v); err != nil {
 		return err
 	}
@@ -281,6 +285,35 @@ func (s *session) reconnect(ctx context.Context) error {
 	return nil
 }
 
+// Preview returns the plan of a run without changing anything. It refuses while the guest still has something of a run that
+// was killed, as only recovering from that would show what the next run does.
+func Preview(ctx context.Context, cfg Config) (*Plan, error) {
+	s := &session{cfg: cfg, log: cfg.Log}
+	client, err := qmp.Dial(ctx, cfg.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	defer client.Close()
+	v, err := look(ctx, client)
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	if s.repo, err = cfg.Repo(); err != nil {
+		return nil, err
+	}
+	if s.guest, err = s.repo.Guest(cfg.Guest); err != nil {
+		return nil, err
+	}
+	if err := s.readPoints(); err != nil {
+		return nil, err
+	}
+	plan, err := s.makePlan(v)
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	return plan, nil
+}
+
 func (s *session) makePlan(v *view) (*Plan, error) {
 	disks, err := v.disks()
 	if err != nil {
@@ -292,6 +325,7 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 		repo:   s.repo.ShortID(),
 		points: s.points,
 		guest:  v.guest,
+		now:    s.cfg.Now(),
 		sound: func(l chain.Layer) error {
 			return s.guest.CheckImages(s.points, l.Point, l.Disk.Name)
 		},
@@ -307,8 +341,8 @@ func (s *session) report() {
 		switch {
 		case d.Unplanned:
 			s.warnf("disk %s: a full instead of an increment: %s", d.Name, d.Reason)
-		case d.Level == chain.Inc:
-			s.log.Infof("disk %s: increment since %s", d.Name, d.Parent.Point.ID)
+		case d.Level.Overlay():
+			s.log.Infof("disk %s: %s since %s", d.Name, d.Level, d.Parent.Point.ID)
 		default:
 			s.log.Infof("disk %s: %s: %s", d.Name, d.Level, d.Reason)
 		}
@@ -361,7 +395,12 @@ func (s *session) addImages(ctx context.Context) error {
 	}
 	var actions []qmp.Action
 	for _, d := range s.plan.Disks {
-		actions = append(actions, qmp.BitmapAdd(d.format, d.New, d.Kind == chain.KindPersistent, false))
+		if d.New != "" {
+			actions = append(actions, qmp.BitmapAdd(d.format, d.New, d.Kind == chain.KindPersistent, false))
+		}
+	}
+	if len(actions) == 0 {
+		return nil
 	}
 	if err := s.qmp.Transaction(ctx, actions...); err != nil {
 		return fmt.Errorf("start the bitmaps of the new point: %w", err)
@@ -494,7 +533,7 @@ func (s *session) copy(ctx context.Context, version qmp.Version) error {
 			// cluster by cluster. 10.0 does not.
 			job.XPerf = &qmp.XPerf{MaxChunk: 64 << 10}
 		}
-		if d.Level == chain.Inc {
+		if d.Level.Overlay() {
 			job.Sync, job.Bitmap, job.BitmapMode = "bitmap", todo, "never"
 			actions = append(actions,
 				qmp.BitmapAdd(snapshot, todo, false, true),
@@ -532,7 +571,10 @@ func (s *session) commit(ctx context.Context, v *view, instant time.Time) error 
 	for i, d := range s.plan.Disks {
 		disk := chain.Disk{
 			Name: d.Name, Level: d.Level, Reason: d.Reason, SourceFormat: d.Driver, VirtualSize: d.Size,
-			File: chain.ImageFile(d.Name), Tracking: &chain.Tracking{Bitmap: d.New, Kind: d.Kind},
+			File: chain.ImageFile(d.Name),
+		}
+		if d.New != "" {
+			disk.Tracking = &chain.Tracking{Bitmap: d.New, Kind: d.Kind}
 		}
 		if d.Parent != nil {
 			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)

@@ -89,6 +89,24 @@ func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
 	if !errors.Is(err, ErrNotRepository) {
 		return r, err
 	}
+	planned, err := Planned(dir)
+	if err != nil {
+		return nil, err
+	}
+	h := head{Format: chain.FormatVersion, ID: planned.ID}
+	text, err := json.MarshalIndent(h, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	if err := fsys.WriteFile(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil {
+		return nil, fmt.Errorf("repository %s can't be made: %w", dir, err)
+	}
+	// Two first runs can make it at once: the last rename decides for both.
+	return Open(dir, fsys)
+}
+
+// Planned returns the repository that OpenOrCreate would make in a folder, or says why it would not. Nothing is written.
+func Planned(dir string) (*Repo, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("repository %s: %w", dir, err)
@@ -99,16 +117,7 @@ func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
 			return nil, fmt.Errorf("%s: %w: it has no %s, and is not empty (%s is there), so none is made", dir, ErrNotRepository, headFile, e.Name())
 		}
 	}
-	h := head{Format: chain.FormatVersion, ID: NewUUID()}
-	text, err := json.MarshalIndent(h, "", "  ")
-	if err != nil {
-		return nil, err
-	}
-	if err := fsys.WriteFile(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil {
-		return nil, fmt.Errorf("repository %s can't be made: %w", dir, err)
-	}
-	// Two first runs can make it at once: the last rename decides for both.
-	return Open(dir, fsys)
+	return &Repo{Dir: dir, ID: NewUUID(), QemuImg: "qemu-img"}, nil
 }
 
 // NewUUID returns 128 random bits as 32 hex digits.

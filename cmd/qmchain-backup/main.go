@@ -17,9 +17,10 @@ import (
 
 type grammar struct {
 	cli.Common
-	Run  runCmd  `cmd:"" help:"Take a point of a guest."`
-	List listCmd `cmd:"" help:"List the points in a repository."`
-	Info infoCmd `cmd:"" help:"Show a guest, its disks, and what tracks them."`
+	Run      runCmd      `cmd:"" help:"Take a point of a guest."`
+	Estimate estimateCmd `cmd:"" help:"Show what a run would copy, disk by disk."`
+	List     listCmd     `cmd:"" help:"List the points in a repository."`
+	Info     infoCmd     `cmd:"" help:"Show a guest, its disks, and what tracks them."`
 }
 
 // program is qmchain-backup; all that it writes to a repository goes through fsys.

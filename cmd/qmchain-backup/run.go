@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
@@ -20,22 +21,55 @@ import (
 	"qmchain/internal/ui"
 )
 
+// runFlags are the flags that run and estimate share.
+type runFlags struct {
+	Socket      string      `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
+	Name        string      `required:"" placeholder:"GUEST" help:"The guest's name in the repository."`
+	Repo        string      `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. The first run makes one in an empty folder."`
+	Level       chain.Level `enum:"auto,full,inc,diff,copy" default:"auto" help:"auto: an increment of each disk where that is safe, else a full; full: begin new chains; inc: fail where an increment is not possible; diff: as inc, but the next increment is since the same point again; copy: a full outside of any chain."`
+	Disk        []string    `placeholder:"D" help:"Only this disk. Can be given several times."`
+	ExcludeDisk []string    `placeholder:"D" help:"Not this disk. Can be given several times."`
+	NewChain    string      `placeholder:"WHEN" help:"When auto begins a new chain: monthly, weekly, daily, points:N or age:30d."`
+	Adopt       bool        `help:"Go on though the newest point is of a guest with another UUID."`
+}
+
+// request checks the flags that kong can't.
+func (f *runFlags) request() (backup.Request, error) {
+	req := backup.Request{Level: f.Level, Disks: f.Disk, Exclude: f.ExcludeDisk, Adopt: f.Adopt}
+	if err := chain.CheckGuestName(f.Name); err != nil {
+		return req, ui.Exit(ui.ExitUsage, err)
+	}
+	var err error
+	if req.NewChain, err = backup.ParseRotation(f.NewChain); err != nil {
+		return req, ui.Exit(ui.ExitUsage, fmt.Errorf("--new-chain: %w", err))
+	}
+	return req, nil
+}
+
 type runCmd struct {
-	Socket      string        `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
-	Name        string        `required:"" placeholder:"GUEST" help:"The guest's name in the repository."`
-	Repo        string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. The first run makes one in an empty folder."`
-	Level       chain.Level   `enum:"auto,full,inc" default:"auto" help:"auto: an increment of each disk where that is safe, else a full; full; inc: fail where an increment is not possible."`
-	Disk        []string      `placeholder:"D" help:"Only this disk. Can be given several times."`
-	ExcludeDisk []string      `placeholder:"D" help:"Not this disk. Can be given several times."`
-	Note        string        `placeholder:"TEXT" help:"A note to keep with the point."`
-	FleeceDir   string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
-	LockWait    time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
-	Adopt       bool          `help:"Go on though the newest point is of a guest with another UUID."`
+	runFlags  `embed:""`
+	Threshold string        `placeholder:"SIZE" help:"Make no point if less than SIZE (such as 64MiB) has changed."`
+	Note      string        `placeholder:"TEXT" help:"A note to keep with the point."`
+	FleeceDir string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
+	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
+	DryRun    bool          `help:"Print what would be done, and do nothing."`
 }
 
 func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
-	if err := chain.CheckGuestName(c.Name); err != nil {
-		return ui.Exit(ui.ExitUsage, err)
+	req, err := c.request()
+	if err != nil {
+		return err
+	}
+	req.Note = c.Note
+	if c.Threshold != "" {
+		n, err := humanize.ParseBytes(c.Threshold)
+		if err != nil || n > math.MaxInt64 {
+			return ui.Exit(ui.ExitUsage, fmt.Errorf("--threshold: %q is not a size", c.Threshold))
+		}
+		req.Threshold = int64(n)
+	}
+	if c.DryRun {
+		return preview(ctx, u, fsys, &c.runFlags, req, false)
 	}
 	fleece, err := c.fleeceDir()
 	if err != nil {
@@ -43,7 +77,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	}
 	progress := u.NewProgress()
 	cfg := backup.Config{
-		Request: backup.Request{Level: c.Level, Disks: c.Disk, Exclude: c.ExcludeDisk, Note: c.Note, Adopt: c.Adopt},
+		Request: req,
 		Guest:   c.Name,
 		Addr:    c.Socket,
 		Repo: func() (*repo.Repo, error) {
@@ -60,6 +94,9 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	progress.Done()
 	if err != nil {
 		return err
+	}
+	if result.Point == nil {
+		return nil // less has changed than the threshold
 	}
 	var bytes uint64
 	for _, d := range result.Point.Disks {
