@@ -23,9 +23,16 @@ type step struct {
 
 func del(node string) step { return step{"blockdev-del", map[string]any{"node-name": node}} }
 
-// clean takes all nodes and jobs of ours out of the guest: those of the run that has just ended, well or not, and those
-// that a killed run left. The guest goes on meanwhile. It returns what the guest looks like without them.
+// clean resumes and thaws the guest, where that is for us to do, and takes all nodes and jobs of ours out of it: those of the
+// run that has just ended, well or not, and those that a killed run left. The guest goes on meanwhile. It returns what the guest looks like without them.
 func (s *session) clean(ctx context.Context) (*view, error) {
+	// First of all, as the guest waits for it; where it can't be done, the rest is all the more needed.
+	releaseErr := s.release(ctx)
+	v, err := s.cleanNodes(ctx)
+	return v, errors.Join(releaseErr, err)
+}
+
+func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 	if err := s.cancelJobs(ctx); err != nil {
 		return nil, err
 	}

@@ -45,15 +45,23 @@ type Config struct {
 	Repo      func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
 	FleeceDir string                     // where fleece images are made; QEMU must be able to open files there
 	LockWait  time.Duration              // how long to wait for locks
-	Log       logrus.FieldLogger
-	Progress  Progress
-	Now       func() time.Time
+
+	Agent       Agent         // freezes the guest's file systems for the instant; nil: they are not frozen
+	FreezeLimit time.Duration // how long that may take
+	Pause       bool          // pause the guest for the instant
+
+	Log      logrus.FieldLogger
+	Progress Progress
+	Now      func() time.Time
 }
 
 // Result is what a run has made.
 type Result struct {
-	Point *chain.Manifest // nil: less has changed than Request.Threshold
-	Plan  *Plan
+	// StillFrozen says that the guest's file systems could not be thawed. The point is good, but somebody must look after the
+	// guest; the next run with an agent tries again.
+	StillFrozen bool
+	Point       *chain.Manifest // nil: less has changed than Request.Threshold
+	Plan        *Plan
 	// Warnings are what went not quite as asked: the point is good all the same.
 	Warnings []string
 }
@@ -76,6 +84,10 @@ type session struct {
 	partial *repo.Partial
 	plan    *Plan
 	result  *Result
+
+	instant     time.Time
+	consistency chain.Consistency
+	stillFrozen bool // the guest could not be thawed
 }
 
 // Run takes one point of a guest. When it returns an error, the guest and the repository are as they were before, or the
@@ -106,6 +118,7 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	if err := s.twice(ctx, s.finish); err != nil {
 		s.warnf("left for the next run to clean up: %v", err)
 	}
+	s.result.StillFrozen = s.stillFrozen
 	return s.result, nil
 }
 
@@ -178,17 +191,16 @@ func (s *session) run(ctx context.Context) error {
 	if err := s.addImages(ctx); err != nil {
 		return err
 	}
-	instant, err := s.takeInstant(ctx)
-	if err != nil {
+	if err := s.takeInstant(ctx); err != nil {
 		return err
 	}
 	if err := s.copy(ctx, v.version); err != nil {
 		return err
 	}
-	if v, err = s.clean(ctx); err != nil {
+	if v, err = s.cleanNodes(ctx); err != nil {
 		return err
 	}
-	return s.commit(ctx, v, instant)
+	return s.commit(ctx, v)
 }
 
 func (s *session) warnf(format string, args ...any) {
@@ -444,12 +456,12 @@ func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
 	return s.repo.FS.Step("remove", path)
 }
 
-// takeInstant puts the filters in and switches all disks at once. It returns the time of the switch.
-func (s *session) takeInstant(ctx context.Context) (time.Time, error) {
+// takeInstant puts the filters in and switches all disks at once.
+func (s *session) takeInstant(ctx context.Context) error {
 	for i, d := range s.plan.Disks {
 		if !d.switchable {
 			if err := s.addTop(ctx, i, d); err != nil {
-				return time.Time{}, err
+				return err
 			}
 		}
 		err := s.qmp.BlockdevAdd(ctx, map[string]any{
@@ -457,14 +469,14 @@ func (s *session) takeInstant(ctx context.Context) (time.Time, error) {
 			"target": nodeName(fleecePrefix, i), "on-cbw-error": "break-snapshot", "cbw-timeout": cbwTimeout, "discard": "unmap",
 		})
 		if err != nil {
-			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 	}
 
 	// The options of the guest's own filters are asked for again, as they are now.
 	v, err := look(ctx, s.qmp)
 	if err != nil {
-		return time.Time{}, err
+		return err
 	}
 	var options []any
 	for i, d := range s.plan.Disks {
@@ -474,34 +486,40 @@ func (s *session) takeInstant(ctx context.Context) (time.Time, error) {
 		}
 		n := v.nodes[top]
 		if n == nil {
-			return time.Time{}, fmt.Errorf("disk %s: node %s is gone", d.Name, top)
+			return fmt.Errorf("disk %s: node %s is gone", d.Name, top)
 		}
 		o, err := reopenOnto(n, nodeName(cbwPrefix, i))
 		if err != nil {
-			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		options = append(options, o)
 		// The sizes must be those of the plan, whatever was resized since: a copy-before-write filter takes a smaller
 		// fleece image without a word.
 		for _, name := range []string{top, nodeName(cbwPrefix, i), nodeName(fleecePrefix, i), nodeName(targetPrefix, i)} {
 			if n := v.nodes[name]; n == nil || n.size != d.Size {
-				return time.Time{}, fmt.Errorf("disk %s: node %s does not have the disk's size of %d bytes; was the disk resized?", d.Name, name, d.Size)
+				return fmt.Errorf("disk %s: node %s does not have the disk's size of %d bytes; was the disk resized?", d.Name, name, d.Size)
 			}
 		}
 	}
-	instant := s.cfg.Now()
-	if err := s.qmp.BlockdevReopen(ctx, options...); err != nil {
-		return time.Time{}, fmt.Errorf("switch the disks: %w", err)
+	err = s.atInstant(ctx, func() error {
+		s.instant = s.cfg.Now()
+		if err := s.qmp.BlockdevReopen(ctx, options...); err != nil {
+			return fmt.Errorf("switch the disks: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	for i, d := range s.plan.Disks {
 		err := s.qmp.BlockdevAdd(ctx, map[string]any{
 			"driver": "snapshot-access", "node-name": nodeName(snapshotPrefix, i), "file": nodeName(cbwPrefix, i),
 		})
 		if err != nil {
-			return time.Time{}, fmt.Errorf("disk %s: %w", d.Name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 	}
-	return instant, nil
+	return nil
 }
 
 // addTop puts a filter that passes everything through on top of a disk. blockdev-reopen can change what it sits on, which
@@ -561,10 +579,10 @@ func (s *session) copy(ctx context.Context, version qmp.Version) error {
 func (s *session) jobID(i int) string { return fmt.Sprintf("%s%s-%d", ourPrefix, s.plan.ID, i) }
 
 // commit brings the images to disk and makes the point.
-func (s *session) commit(ctx context.Context, v *view, instant time.Time) error {
+func (s *session) commit(ctx context.Context, v *view) error {
 	m := &chain.Manifest{
-		Format: chain.FormatVersion, ID: s.partial.ID, UUID: s.partial.UUID, Time: instant.UTC(),
-		Guest: v.guest, Consistency: chain.Instant, Note: s.cfg.Note, QEMU: v.version.String(),
+		Format: chain.FormatVersion, ID: s.partial.ID, UUID: s.partial.UUID, Time: s.instant.UTC(),
+		Guest: v.guest, Consistency: s.consistency, Note: s.cfg.Note, QEMU: v.version.String(),
 		Disks: make([]chain.Disk, len(s.plan.Disks)),
 	}
 	m.Guest.Name = s.cfg.Guest

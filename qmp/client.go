@@ -21,6 +21,9 @@ const (
 	defaultHandshakeTimeout = 10 * time.Second
 	defaultCommandTimeout   = 60 * time.Second
 
+	// lastWords is how long a connection that can't be written to is still read.
+	lastWords = time.Second
+
 	// dialRetry is the pause before a unix socket whose queue of waiting clients is full is tried again.
 	dialRetry = 50 * time.Millisecond
 
@@ -52,14 +55,16 @@ type Client struct {
 	goneErr    error
 	goroutines sync.WaitGroup
 
-	mu      sync.Mutex
-	dialed  bool     // Connect or Dial has begun
-	closed  bool     // Close has begun
-	conn    net.Conn // nil before the handshake
-	version Version
-	lastID  uint64
-	waiting map[string]chan<- reply // by id; each with room for its one reply
-	subs    map[*Subscription]struct{}
+	mu         sync.Mutex
+	dialed     bool     // Connect or Dial has begun
+	closed     bool     // Close has begun
+	conn       net.Conn // nil before the handshake
+	version    Version
+	greetings  int  // how many have come
+	negotiated bool // qmp_capabilities is done
+	lastID     uint64
+	waiting    map[string]chan<- reply // by id; each with room for its one reply
+	subs       map[*Subscription]struct{}
 }
 
 // Option changes a default of a Client.
@@ -132,7 +137,7 @@ func (c *Client) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.handshakeTimeout)
 	defer cancel()
 	if err := c.handshake(ctx); err != nil {
-		c.Close()
+		_ = c.Close()
 		return fmt.Errorf("qmp %s: %w", c.address, err)
 	}
 	return nil
@@ -146,7 +151,7 @@ func (c *Client) handshake(ctx context.Context) error {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		conn.Close()
+		_ = conn.Close()
 		return fmt.Errorf("%w: closed", ErrDisconnected)
 	}
 	c.conn = conn
@@ -159,12 +164,49 @@ func (c *Client) handshake(ctx context.Context) error {
 	}
 	c.mu.Lock()
 	c.version = greeting.Version.version()
+	c.greetings = 1
 	if !c.closed {
 		c.goroutines.Go(func() { c.read(conn, messages) })
 	}
 	c.mu.Unlock()
+	return c.negotiate(ctx)
+}
 
-	return c.Execute(ctx, "qmp_capabilities", nil, nil)
+// negotiate leaves the negotiation mode, in which QEMU executes no other command.
+//
+// A QEMU that has just been started may greet twice (seen on 7.2), when a client comes while the monitor is
+// being set up, and each greeting begins the negotiation anew. So it is negotiated again after a second
+// greeting, and a QEMU that has got over the first negotiation says that there is no such command any more.
+func (c *Client) negotiate(ctx context.Context) error {
+	for {
+		c.mu.Lock()
+		greetings := c.greetings
+		c.mu.Unlock()
+
+		err := c.Execute(ctx, "qmp_capabilities", nil, nil)
+		if e := new(Error); errors.As(err, &e) && e.Class == ClassCommandNotFound && greetings > 1 {
+			err = nil
+		}
+		if err != nil {
+			return err
+		}
+
+		c.mu.Lock()
+		c.negotiated = c.greetings == greetings
+		done := c.negotiated
+		c.mu.Unlock()
+		if done {
+			return nil
+		}
+	}
+}
+
+// greetedAgain notes a greeting after the first one, and reports whether that can be.
+func (c *Client) greetedAgain() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.greetings++
+	return c.greetings == 2 && !c.negotiated
 }
 
 // dial connects. A unix socket refuses at once when its queue of waiting clients is full, which for a QMP
@@ -179,7 +221,9 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 			return conn, nil
 		case errors.Is(err, syscall.EAGAIN):
 			full = true
-		case !full || ctx.Err() == nil:
+		case full && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)):
+			// The dialer saw the context's end, maybe a moment before the context itself does.
+		default:
 			return nil, err
 		}
 		select {
@@ -240,7 +284,7 @@ func (c *Client) Close() error {
 		c.closed = true
 		close(c.closing)
 		if c.conn != nil {
-			c.conn.Close()
+			_ = c.conn.Close()
 		}
 	}
 	c.mu.Unlock()
@@ -271,8 +315,8 @@ func (c *Client) read(conn net.Conn, messages *messageReader) {
 			c.publish(*msg.event)
 		case msg.reply != nil:
 			c.deliver(*msg.reply)
-		default:
-			c.end(disconnected(fmt.Errorf("%w: a second greeting", ErrNotQMP)))
+		case !c.greetedAgain():
+			c.end(disconnected(fmt.Errorf("%w: a greeting out of place", ErrNotQMP)))
 			return
 		}
 	}
@@ -445,12 +489,17 @@ func (c *Client) send(ctx context.Context, commands []byte) error {
 	case ctx.Err() != nil:
 		err = fmt.Errorf("%w: QEMU does not read: %w", ErrDisconnected, contextError(ctx))
 		c.end(err)
-		conn.Close()
+		_ = conn.Close()
 		return err
-	default:
-		// The peer has closed. What it sent before is still to be read, then the reader sees the end; the
-		// deadline is for a peer that has closed one direction only.
-		conn.SetReadDeadline(time.Now().Add(time.Second))
+	}
+
+	// The connection is broken, and the reader is to say why, once it has read what QEMU sent before. It
+	// needs a deadline for a peer that has closed one direction only.
+	_ = conn.SetReadDeadline(time.Now().Add(lastWords))
+	select {
+	case <-c.gone:
+		return c.goneErr
+	case <-ctx.Done():
 		return disconnected(err)
 	}
 }
@@ -487,13 +536,13 @@ func interruptible(ctx context.Context, setDeadline func(time.Time) error) (stop
 	fired := make(chan struct{})
 	cancel := context.AfterFunc(ctx, func() {
 		defer close(fired)
-		setDeadline(time.Unix(1, 0))
+		_ = setDeadline(time.Unix(1, 0))
 	})
 	return func() {
 		if !cancel() {
 			<-fired
 		}
-		setDeadline(time.Time{})
+		_ = setDeadline(time.Time{})
 	}
 }
 

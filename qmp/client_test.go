@@ -83,9 +83,64 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
+// A QEMU that has just been started may greet twice, and begins the negotiation anew with the second one.
+func TestTwoGreetings(t *testing.T) {
+	t.Parallel()
+	t.Run("before the negotiation", func(t *testing.T) {
+		t.Parallel()
+		f := qmptest.NewFake(t)
+		f.SetGreeting(qmptest.Greeting + "\r\n" + qmptest.Greeting + "\r\n")
+		f.HandleValue("x", nil)
+		c := dial(t, f.Addr())
+		if err := c.Execute(t.Context(), "x", nil, nil); err != nil {
+			t.Error(err)
+		}
+	})
+
+	t.Run("within the negotiation", func(t *testing.T) {
+		t.Parallel()
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		served := make(chan []string, 1)
+		go func() {
+			var commands []string
+			defer func() { served <- commands }()
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			fmt.Fprintln(conn, qmptest.Greeting)
+			dec := json.NewDecoder(conn)
+			for {
+				var cmd struct{ Execute, ID string }
+				if dec.Decode(&cmd) != nil {
+					return
+				}
+				commands = append(commands, cmd.Execute)
+				if len(commands) == 1 {
+					fmt.Fprintln(conn, qmptest.Greeting)
+				}
+				fmt.Fprintf(conn, "{\"return\": {}, \"id\": %q}\r\n", cmd.ID)
+			}
+		}()
+		c := dial(t, "tcp:"+listener.Addr().String())
+		if err := c.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+		_ = c.Close()
+		if got := <-served; fmt.Sprint(got) != "[qmp_capabilities qmp_capabilities stop]" {
+			t.Errorf("commands %v", got)
+		}
+	})
+}
+
 func TestHandshakeFails(t *testing.T) {
 	t.Parallel()
-	const short = time.Second // long enough to be reached by what does come
+	const short = 500 * time.Millisecond // long enough for what does come to be read
 	tests := []struct {
 		name, greeting string
 		fault          qmptest.Fault
@@ -104,7 +159,7 @@ func TestHandshakeFails(t *testing.T) {
 		{name: "another QMP", greeting: `{"QMP": "yes"}`, want: qmp.ErrNotQMP},
 		{name: "half a greeting", greeting: `{"QMP": {"version"`, want: qmp.ErrNotQMP},
 		{name: "a number without end", greeting: "1234", want: qmp.ErrNotQMP},
-		{name: "two greetings", greeting: qmptest.Greeting + qmptest.Greeting, want: qmp.ErrNotQMP},
+		{name: "three greetings", greeting: strings.Repeat(qmptest.Greeting, 3), want: qmp.ErrNotQMP},
 		{name: "refusal", greeting: qmptest.Greeting, fault: qmptest.Fault{Fail: &qmp.Error{Class: "GenericError", Desc: "no"}}, want: new(qmp.Error)},
 		{name: "hang", greeting: qmptest.Greeting, fault: qmptest.Fault{Hang: true}, want: context.DeadlineExceeded},
 		{name: "stall", greeting: qmptest.Greeting, fault: qmptest.Fault{Stall: true}, want: context.DeadlineExceeded},
@@ -143,7 +198,7 @@ func TestHandshakeFails(t *testing.T) {
 		go func() {
 			defer close(accepted)
 			if conn, err := listener.Accept(); err == nil {
-				conn.Close()
+				_ = conn.Close()
 			}
 		}()
 		_, err = qmp.Dial(t.Context(), "tcp:"+listener.Addr().String())
@@ -213,7 +268,7 @@ func TestFullQueueIsBusy(t *testing.T) {
 		t.Fatalf("the queue is not full: %v", err)
 	}
 
-	_, err = qmp.Dial(t.Context(), path, qmp.WithHandshakeTimeout(time.Second))
+	_, err = qmp.Dial(t.Context(), path, qmp.WithHandshakeTimeout(500*time.Millisecond))
 	wantErrorIs(t, "Dial", err, qmp.ErrBusy)
 
 	accepted := make(chan struct{})
@@ -248,8 +303,8 @@ func TestNotConnected(t *testing.T) {
 	_, err = c.Events(t.Context())
 	wantErrorIs(t, "Events before Connect", err, qmp.ErrDisconnected)
 	sub := c.Subscribe()
-	c.Close()
-	c.Close()
+	_ = c.Close()
+	_ = c.Close()
 	wantErrorIs(t, "after Close", c.Stop(t.Context()), qmp.ErrDisconnected)
 	_, err = sub.Next(t.Context())
 	wantErrorIs(t, "Next after Close", err, qmp.ErrDisconnected)
@@ -594,7 +649,7 @@ func TestBatch(t *testing.T) {
 	if e := new(qmp.Error); !errors.As(replies[1].Err, &e) || e.Command != "unknown" || e.Class != qmp.ClassCommandNotFound {
 		t.Errorf("second reply: %v", replies[1].Err)
 	}
-	if err := replies[1].Decode(&status); err != replies[1].Err {
+	if err := replies[1].Decode(&status); !errors.Is(err, replies[1].Err) {
 		t.Errorf("Decode of an error: %v", err)
 	}
 	if replies[2].Err != nil {
@@ -798,7 +853,7 @@ func TestTranscript(t *testing.T) {
 		if err := c.Execute(t.Context(), "big", nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		c.Close()
+		_ = c.Close()
 
 		text := out.String()
 		if level != logrus.TraceLevel {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -121,6 +122,7 @@ func (c *Client) Objects(ctx context.Context) ([]string, error) {
 			ids = append(ids, p.Name)
 		}
 	}
+	slices.Sort(ids) // QEMU's own order is that of a hash table
 	return ids, nil
 }
 

@@ -75,7 +75,8 @@ func (e *JobError) Error() string { return fmt.Sprintf("job %s: %s", e.ID, e.Des
 //
 // A job that fails, is cancelled, or is no longer there gives a *JobError; QEMU's end gives an error that
 // wraps ErrDisconnected. When the context ends, the job goes on. The progress function, if any, is called
-// now and then, at most twice a second but for the end, and must not take long.
+// now and then, at most twice a second but for the end, and must not take long. A job may take any time;
+// only a QEMU that no longer answers ends the wait by the command time-out.
 func (c *Client) WaitJob(ctx context.Context, id string, progress func(Job)) error {
 	// Subscribed before the first look, so that an end between two looks shows up as an event.
 	events := c.Subscribe()

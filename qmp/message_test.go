@@ -92,7 +92,7 @@ func FuzzDecode(f *testing.F) {
 		for i := 0; ; i++ {
 			m, raw, err := messages.next()
 			if err != nil {
-				if !errors.Is(err, ErrNotQMP) && err != io.EOF && !errors.Is(err, io.ErrUnexpectedEOF) {
+				if !errors.Is(err, ErrNotQMP) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 					t.Fatalf("unexpected kind of error: %v", err)
 				}
 				break
@@ -122,7 +122,7 @@ func TestMessageReader(t *testing.T) {
 					t.Fatalf("message %d: %+v, %v", i, m, err)
 				}
 			}
-			if _, _, err := messages.next(); err != io.EOF {
+			if _, _, err := messages.next(); !errors.Is(err, io.EOF) {
 				t.Fatalf("at the end: %v", err)
 			}
 		}

@@ -57,7 +57,7 @@ func TestQEMUHandshake(t *testing.T) {
 		if err := c.Execute(ctx, "query-qmp-schema", nil, &schema); err != nil || len(schema) < 500 {
 			t.Errorf("schema of %d entries, %v", len(schema), err)
 		}
-		c.Close()
+		_ = c.Close()
 	}
 }
 
@@ -319,7 +319,7 @@ func TestQEMUJobFails(t *testing.T) {
 			t.Errorf("block jobs %+v, %v", jobs, err)
 		}
 		seen := false
-		err := c.WaitJob(ctx, "slow", func(j qmp.Job) {
+		err := c.WaitJob(ctx, "slow", func(qmp.Job) {
 			if !seen {
 				seen = true
 				if err := c.JobCancel(ctx, "slow"); err != nil {
@@ -410,7 +410,7 @@ func TestQEMUNextClient(t *testing.T) {
 		}
 		wg.Wait()
 		cancel()
-		c.Close()
+		_ = c.Close()
 	}
 	c := dial(t, q.Sockets[0])
 	if _, err := c.QueryStatus(t.Context()); err != nil {

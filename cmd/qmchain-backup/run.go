@@ -52,6 +52,12 @@ type runCmd struct {
 	Note      string        `placeholder:"TEXT" help:"A note to keep with the point."`
 	FleeceDir string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
 	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
+
+	AgentSocket   string        `placeholder:"ADDR" help:"The guest agent's socket: freeze the guest's file systems for the instant of the point. In Windows guests this asks the VSS writers for a backup, which can make databases cut their logs."`
+	FreezeFs      []string      `placeholder:"PATH" help:"Freeze only the file system that the guest has mounted there. Can be given several times."`
+	FreezeTimeout time.Duration `default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
+	Pause         bool          `help:"Pause the guest for the instant of the point."`
+
 	DryRun    bool          `help:"Print what would be done, and do nothing."`
 }
 
@@ -75,6 +81,13 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if err != nil {
 		return err
 	}
+	if len(c.FreezeFs) > 0 && c.AgentSocket == "" {
+		return ui.Exit(ui.ExitUsage, errors.New("--freeze-fs needs --agent-socket"))
+	}
+	var agent backup.Agent
+	if c.AgentSocket != "" {
+		agent = backup.SocketAgent{Addr: c.AgentSocket, Mountpoints: c.FreezeFs}
+	}
 	progress := u.NewProgress()
 	cfg := backup.Config{
 		Request: req,
@@ -83,11 +96,14 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		Repo: func() (*repo.Repo, error) {
 			return repo.OpenOrCreate(c.Repo, fsys)
 		},
-		FleeceDir: fleece,
-		LockWait:  c.LockWait,
-		Log:       u.Log,
-		Progress:  &bars{progress: progress, bars: make(map[string]ui.Bar)},
-		Now:       time.Now,
+		FleeceDir:   fleece,
+		LockWait:    c.LockWait,
+		Agent:       agent,
+		FreezeLimit: c.FreezeTimeout,
+		Pause:       c.Pause,
+		Log:         u.Log,
+		Progress:    &bars{progress: progress, bars: make(map[string]ui.Bar)},
+		Now:         time.Now,
 	}
 	began := time.Now()
 	result, err := backup.Run(ctx, cfg)
@@ -107,6 +123,9 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		_, err := fmt.Fprintf(w, "%s/%s\n", c.Name, result.Point.ID)
 		return err
 	})
+	if err == nil && result.StillFrozen {
+		return fmt.Errorf("point %s/%s is good, but the guest may still be frozen: %w", c.Name, result.Point.ID, backup.ErrNeedsDoctor)
+	}
 	if err == nil && len(result.Warnings) > 0 {
 		return ui.Exit(ui.ExitPartly, fmt.Errorf("point %s/%s is good, but not all went as asked: %s", c.Name, result.Point.ID, result.Warnings[0]))
 	}

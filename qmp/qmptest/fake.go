@@ -29,6 +29,7 @@ type Event struct {
 // Cut is where a fault closes the connection.
 type Cut int
 
+// The places for a cut.
 const (
 	NoCut             Cut = iota
 	CutBeforeHandling     // the command is not executed
@@ -96,7 +97,7 @@ type fakeClient struct {
 func (c *fakeClient) close() {
 	c.closeOnce.Do(func() {
 		close(c.gone)
-		c.conn.Close()
+		_ = c.conn.Close()
 	})
 }
 
@@ -132,7 +133,7 @@ func newFake(t testing.TB, network, address, addr string) *Fake {
 	f.serving.Go(f.serve)
 	t.Cleanup(func() {
 		close(f.done)
-		listener.Close()
+		_ = listener.Close()
 		f.Disconnect()
 		f.serving.Wait()
 	})
@@ -283,6 +284,8 @@ func (f *Fake) execute(client *fakeClient, id json.RawMessage, name string, args
 	switch {
 	case fault.Fail != nil:
 		err = fault.Fail
+	case name == "qmp_capabilities" && negotiated:
+		err = &qmp.Error{Class: qmp.ClassCommandNotFound, Desc: "Capabilities negotiation is already complete, command ignored"}
 	case name == "qmp_capabilities":
 	case !negotiated:
 		err = &qmp.Error{Class: qmp.ClassCommandNotFound, Desc: "Expecting capabilities negotiation with 'qmp_capabilities'"}
@@ -314,6 +317,7 @@ func (f *Fake) execute(client *fakeClient, id json.RawMessage, name string, args
 func (f *Fake) receive(client *fakeClient, name string, args json.RawMessage) (Fault, Handler, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	negotiated := client.negotiated
 	if name == "qmp_capabilities" {
 		client.negotiated = true
 	} else {
@@ -331,7 +335,7 @@ func (f *Fake) receive(client *fakeClient, name string, args json.RawMessage) (F
 	if found == nil {
 		found = &Fault{}
 	}
-	return *found, f.handlers[name], client.negotiated
+	return *found, f.handlers[name], negotiated
 }
 
 func (f *Fake) reply(client *fakeClient, id json.RawMessage, value any, err error, fault Fault) {

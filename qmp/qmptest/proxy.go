@@ -75,7 +75,7 @@ func NewProxy(t testing.TB, target string, hooks Hooks) *Proxy {
 		p.mu.Lock()
 		p.closed = true
 		p.mu.Unlock()
-		listener.Close()
+		_ = listener.Close()
 		p.Drop()
 		p.serving.Wait()
 	})
@@ -110,7 +110,7 @@ func (p *Proxy) serve() {
 		}
 		qemu, err := net.Dial("unix", p.target)
 		if err != nil {
-			client.Close() // QEMU is gone: the client sees just that
+			_ = client.Close() // QEMU is gone: the client sees just that
 			continue
 		}
 		s := &proxySession{
@@ -152,8 +152,8 @@ type proxySession struct {
 func (s *proxySession) close() {
 	s.closeOnce.Do(func() {
 		close(s.gone)
-		s.client.Close()
-		s.qemu.Close()
+		_ = s.client.Close()
+		_ = s.qemu.Close()
 	})
 }
 

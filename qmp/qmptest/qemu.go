@@ -2,8 +2,8 @@ package qmptest
 
 import (
 	"bytes"
+	"context"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -11,9 +11,11 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"qmchain/qmp"
 )
 
-// qemuStart bounds how long a QEMU may take until its sockets are there.
+// qemuStart bounds how long a QEMU may take until it answers on its sockets.
 const qemuStart = 30 * time.Second
 
 // QEMU is a running qemu-system-x86_64 under TCG.
@@ -60,14 +62,15 @@ func StartQEMU(t testing.TB, args ...string) *QEMU {
 		}
 	})
 
-	deadline := time.After(qemuStart)
+	ctx, cancel := context.WithTimeout(t.Context(), qemuStart)
+	defer cancel()
 	for _, path := range q.Sockets {
-		for !exists(path) {
+		for !answers(ctx, path) {
 			select {
 			case <-q.exited:
 				t.Fatalf("QEMU has ended: %s", output.Bytes())
-			case <-deadline:
-				t.Fatal("QEMU makes no socket")
+			case <-ctx.Done():
+				t.Fatal("QEMU does not answer")
 			case <-time.After(5 * time.Millisecond):
 			}
 		}
@@ -75,9 +78,16 @@ func StartQEMU(t testing.TB, args ...string) *QEMU {
 	return q
 }
 
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
+// answers reports whether a QMP session can be had at the socket. It is there before QEMU listens on it,
+// and a session that begins while QEMU still sets up its monitor can stay without an answer (seen on 7.2):
+// then the next one is fine.
+func answers(ctx context.Context, path string) bool {
+	c, err := qmp.Dial(ctx, path, qmp.WithHandshakeTimeout(time.Second))
+	if err != nil {
+		return false
+	}
+	_ = c.Close()
+	return true
 }
 
 // PID is the process's id.
