@@ -95,7 +95,7 @@ func (r *rig) config(level chain.Level) backup.Config {
 		Request: backup.Request{Level: level},
 		Guest:   "web", Addr: r.vm.Socket,
 		Repo:      func() (*repo.Repo, error) { return repo.OpenOrCreate(r.repo, r.fs) },
-		FleeceDir: r.fleece, LockWait: 2 * time.Second,
+		Fleecing: backup.Fleecing{Dir: r.fleece}, LockWait: 2 * time.Second,
 		Log: r.log, Progress: silent{}, Now: time.Now,
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -16,15 +15,10 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
-	"qmchain/internal/child"
 	"qmchain/qmp"
 )
 
 const (
-	// cbwTimeout is how long a guest's write may wait for its old data to be saved, in seconds, before the snapshot is
-	// given up. Linux guests reset a SCSI disk that has not answered for 30 s.
-	cbwTimeout = 15
-
 	// undoLimit bounds the undoing of a failed run.
 	undoLimit = 2 * time.Minute
 
@@ -40,11 +34,13 @@ type Progress interface {
 // Config is all that a run needs.
 type Config struct {
 	Request
-	Guest     string                     // the guest's name in the repository
-	Addr      string                     // of its QMP socket
-	Repo      func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
-	FleeceDir string                     // where fleece images are made; QEMU must be able to open files there
-	LockWait  time.Duration              // how long to wait for locks
+	Guest    string                     // the guest's name in the repository
+	Addr     string                     // of its QMP socket
+	Repo     func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
+	LockWait time.Duration              // how long to wait for locks
+
+	Fleecing Fleecing
+	Copying  Copying
 
 	Agent       Agent         // freezes the guest's file systems for the instant; nil: they are not frozen
 	FreezeLimit time.Duration // how long that may take
@@ -65,6 +61,9 @@ type Result struct {
 	// Warnings are what went not quite as asked: the point is good all the same.
 	Warnings []string
 }
+
+// ErrIOThread is wrapped where a disk has an iothread and QEMU is too old for fleecing on such a disk.
+var ErrIOThread = errors.New("an iothread serves the disk, and a filter on it would crash a QEMU before 9.0")
 
 // ErrUndo is wrapped beside the error of a failed run where undoing it failed too. The next run, or the doctor, undoes
 // what is left.
@@ -191,10 +190,12 @@ func (s *session) run(ctx context.Context) error {
 	if err := s.addImages(ctx); err != nil {
 		return err
 	}
-	if err := s.takeInstant(ctx); err != nil {
-		return err
+	if s.cfg.Fleecing.Off {
+		err = s.copyDirectly(ctx, v.version)
+	} else {
+		err = s.copyFromFleece(ctx, v.version)
 	}
-	if err := s.copy(ctx, v.version); err != nil {
+	if err != nil {
 		return err
 	}
 	if v, err = s.cleanNodes(ctx); err != nil {
@@ -217,7 +218,7 @@ func (s *session) recover(ctx context.Context) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := sweepFleece(s.cfg.FleeceDir); err != nil {
+	if err := s.cfg.Fleecing.sweep(); err != nil {
 		return nil, err
 	}
 	partials, err := s.guest.Partials()
@@ -366,7 +367,7 @@ func (s *session) report() {
 
 // checkSupport refuses what this QEMU can't do without danger to the guest.
 func (s *session) checkSupport(ctx context.Context, v *view) error {
-	if v.version.AtLeast(9, 0) {
+	if s.cfg.Fleecing.Off || v.version.AtLeast(9, 0) {
 		return nil
 	}
 	// QEMU 7.2 aborts, and the guest with it, when a filter goes onto a disk that an iothread serves; 9.0 is the first
@@ -377,7 +378,7 @@ func (s *session) checkSupport(ctx context.Context, v *view) error {
 			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		if served {
-			return fmt.Errorf("disk %s is served by an iothread: QEMU %s can't put a filter on it without danger to the guest; QEMU 9.0 and later can", d.Name, v.version)
+			return fmt.Errorf("disk %s: QEMU %s: %w", d.Name, v.version, ErrIOThread)
 		}
 	}
 	return nil
@@ -386,7 +387,7 @@ func (s *session) checkSupport(ctx context.Context, v *view) error {
 // node names of a disk's parts, by its place in the plan: disks' own names could be too long for QEMU.
 func nodeName(prefix string, i int) string { return fmt.Sprintf("%s%d", prefix, i) }
 
-// addImages makes the images and fleece images and has QEMU open them, and starts the NEW bitmaps.
+// addImages makes the images of the point and has QEMU open them.
 func (s *session) addImages(ctx context.Context) error {
 	for i, d := range s.plan.Disks {
 		var parent *chain.ImageRef
@@ -394,66 +395,143 @@ func (s *session) addImages(ctx context.Context) error {
 			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
 			parent = &ref
 		}
-		path, err := s.partial.CreateImage(ctx, d.Name, d.Size, parent)
+		path, err := s.partial.CreateImage(ctx, d.Name, d.Size, parent, s.cfg.Copying.image())
 		if err != nil {
 			return err
 		}
-		if err := s.addImage(ctx, nodeName(targetPrefix, i), path, d.Name); err != nil {
+		abs, err := filepath.Abs(path) // QEMU's working folder is another one
+		if err != nil {
 			return err
 		}
-		if err := s.addFleece(ctx, i, d); err != nil {
-			return err
+		file := s.cfg.Copying.file(abs)
+		if err := s.addImage(ctx, nodeName(targetPrefix, i), file, d.Name); err != nil {
+			return fmt.Errorf("%w: can QEMU's user open %s?", err, abs)
 		}
 	}
+	return nil
+}
+
+// addImage has QEMU open a qcow2 image of ours, without its backing file: what is written to it is all of it that is read.
+func (s *session) addImage(ctx context.Context, name string, file map[string]any, disk string) error {
+	err := s.qmp.BlockdevAdd(ctx, map[string]any{
+		"driver": "qcow2", "node-name": name, "backing": nil, "discard": "unmap", "file": file,
+	})
+	if err != nil {
+		return fmt.Errorf("disk %s: %w", disk, err)
+	}
+	return nil
+}
+
+// newBitmaps are the actions that start the NEW bitmaps.
+func (s *session) newBitmaps() []qmp.Action {
 	var actions []qmp.Action
 	for _, d := range s.plan.Disks {
 		if d.New != "" {
 			actions = append(actions, qmp.BitmapAdd(d.format, d.New, d.Kind == chain.KindPersistent, false))
 		}
 	}
-	if len(actions) == 0 {
-		return nil
-	}
-	if err := s.qmp.Transaction(ctx, actions...); err != nil {
-		return fmt.Errorf("start the bitmaps of the new point: %w", err)
-	}
-	return nil
+	return actions
 }
 
-// addImage has QEMU open an image of ours, without its backing file: what is written to it is all of it that is read.
-func (s *session) addImage(ctx context.Context, name, path, disk string) error {
-	abs, err := filepath.Abs(path) // QEMU's working folder is another one
-	if err != nil {
-		return err
+// job are the options of the job that copies a disk from a node of its content at the instant.
+func (s *session) job(i int, d PlannedDisk, from string, version qmp.Version) qmp.BackupOptions {
+	job := qmp.BackupOptions{
+		JobID: s.jobID(i), Device: from, Target: nodeName(targetPrefix, i), Sync: "full",
+		Compress: s.cfg.Copying.Compress != "", Speed: s.cfg.Copying.Speed, AutoFinalize: true,
 	}
-	err = s.qmp.BlockdevAdd(ctx, map[string]any{
-		"driver": "qcow2", "node-name": name, "backing": nil, "discard": "unmap",
-		"file": map[string]any{"driver": "file", "filename": abs, "discard": "unmap"},
+	if !version.AtLeast(10, 0) {
+		// QEMU 7.2 reads zeroes for what the guest zeroes between the switch and the copying of it, unless it copies
+		// cluster by cluster. 10.0 does not.
+		job.XPerf = &qmp.XPerf{MaxChunk: 64 << 10}
+	}
+	if d.Level.Overlay() {
+		job.Sync, job.Bitmap, job.BitmapMode = "bitmap", d.Old, "never"
+	}
+	return job
+}
+
+// copyDirectly copies the disks without fleecing: what the guest is about to overwrite is copied to the image first, and a
+// slow or failing target is felt by the guest. One transaction is the instant of all disks.
+func (s *session) copyDirectly(ctx context.Context, version qmp.Version) error {
+	actions := s.newBitmaps()
+	for i, d := range s.plan.Disks {
+		job := s.job(i, d, d.format, version)
+		if version.AtLeast(11, 1) {
+			job.OnCBWError = "break-snapshot" // a failing target at least does not fail the guest's writes
+		}
+		actions = append(actions, qmp.BlockdevBackup(job))
+	}
+	err := s.atInstant(ctx, func() error {
+		s.instant = s.cfg.Now()
+		return s.qmp.Transaction(ctx, actions...)
 	})
 	if err != nil {
-		return fmt.Errorf("disk %s: QEMU can't open %s: %w", disk, abs, err)
+		return fmt.Errorf("start the copying: %w", err)
 	}
-	return nil
+	group, ctx := errgroup.WithContext(ctx)
+	for i, d := range s.plan.Disks {
+		group.Go(func() error { return s.await(ctx, i, d) })
+	}
+	return group.Wait()
 }
 
-// addFleece makes the image that saves what the guest overwrites. Its name goes as soon as QEMU has opened it, so that no
-// crash leaves it behind.
-func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
-	path := fleecePath(s.cfg.FleeceDir, s.mutex.id, i)
-	if err := s.repo.FS.Step("create", path); err != nil {
+// copyFromFleece switches all disks at once and copies what they were at that instant.
+func (s *session) copyFromFleece(ctx context.Context, version qmp.Version) error {
+	if actions := s.newBitmaps(); len(actions) > 0 {
+		if err := s.qmp.Transaction(ctx, actions...); err != nil {
+			return fmt.Errorf("start the bitmaps of the new point: %w", err)
+		}
+	}
+	for i, d := range s.plan.Disks {
+		if err := s.addFleece(ctx, i, d); err != nil {
+			return err
+		}
+	}
+	if err := s.takeInstant(ctx); err != nil {
 		return err
 	}
-	defer os.Remove(path)
-	if _, err := child.Run(ctx, time.Minute, s.repo.QemuImg, "create", "-q", "-f", "qcow2", path, fmt.Sprint(d.Size)); err != nil {
-		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
+	group, ctx := errgroup.WithContext(ctx)
+	if s.cfg.Copying.Jobs > 0 {
+		group.SetLimit(s.cfg.Copying.Jobs)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	for i, d := range s.plan.Disks {
+		group.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := s.startCopy(ctx, i, d, version); err != nil {
+				return fmt.Errorf("disk %s: start the copying: %w", d.Name, err)
+			}
+			return s.await(ctx, i, d)
+		})
+	}
+	return group.Wait()
+}
+
+// startCopy starts the job of one disk. Which clusters an increment has to copy is read from OLD only now, after the
+// switch: what it has marked since is copied as well, and does no harm.
+func (s *session) startCopy(ctx context.Context, i int, d PlannedDisk, version qmp.Version) error {
+	const todo = "todo" // on the snapshot-access node, and gone with it
+	snapshot := nodeName(snapshotPrefix, i)
+	job := s.job(i, d, snapshot, version)
+	job.DiscardSource = version.AtLeast(9, 1) // the fleece image gives back what has been copied
+	var actions []qmp.Action
+	if d.Level.Overlay() {
+		job.Bitmap = todo
+		actions = append(actions,
+			qmp.BitmapAdd(snapshot, todo, false, true),
+			qmp.BitmapMerge(snapshot, todo, qmp.BitmapRef{Node: d.format, Name: d.Old}))
+	}
+	return s.qmp.Transaction(ctx, append(actions, qmp.BlockdevBackup(job))...)
+}
+
+// await waits for the end of a disk's job.
+func (s *session) await(ctx context.Context, i int, d PlannedDisk) error {
+	err := s.qmp.WaitJob(ctx, s.jobID(i), func(j qmp.Job) { s.cfg.Progress.Disk(d.Name, j.Current, j.Total) })
+	if err != nil {
 		return fmt.Errorf("disk %s: %w", d.Name, err)
 	}
-	if err := s.addImage(ctx, nodeName(fleecePrefix, i), path, d.Name); err != nil {
-		return err
-	}
-	return s.repo.FS.Step("remove", path)
+	return nil
 }
 
 // takeInstant puts the filters in and switches all disks at once.
@@ -466,7 +544,8 @@ func (s *session) takeInstant(ctx context.Context) error {
 		}
 		err := s.qmp.BlockdevAdd(ctx, map[string]any{
 			"driver": "copy-before-write", "node-name": nodeName(cbwPrefix, i), "file": d.below,
-			"target": nodeName(fleecePrefix, i), "on-cbw-error": "break-snapshot", "cbw-timeout": cbwTimeout, "discard": "unmap",
+			"target": nodeName(fleecePrefix, i), "on-cbw-error": "break-snapshot",
+			"cbw-timeout": int64(s.cfg.Fleecing.timeout() / time.Second), "discard": "unmap",
 		})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.Name, err)
@@ -534,45 +613,6 @@ func (s *session) addTop(ctx context.Context, i int, d PlannedDisk) error {
 		return fmt.Errorf("disk %s: %w", d.Name, err)
 	}
 	return nil
-}
-
-// copy runs the jobs of all disks to their end.
-func (s *session) copy(ctx context.Context, version qmp.Version) error {
-	const todo = "todo" // on a snapshot-access node, and gone with it
-	var actions []qmp.Action
-	for i, d := range s.plan.Disks {
-		snapshot := nodeName(snapshotPrefix, i)
-		job := qmp.BackupOptions{
-			JobID: s.jobID(i), Device: snapshot, Target: nodeName(targetPrefix, i), Sync: "full",
-			AutoFinalize: true,
-		}
-		if !version.AtLeast(10, 0) {
-			// QEMU 7.2 reads zeroes for what the guest zeroes between the switch and the copying of it, unless it copies
-			// cluster by cluster. 10.0 does not.
-			job.XPerf = &qmp.XPerf{MaxChunk: 64 << 10}
-		}
-		if d.Level.Overlay() {
-			job.Sync, job.Bitmap, job.BitmapMode = "bitmap", todo, "never"
-			actions = append(actions,
-				qmp.BitmapAdd(snapshot, todo, false, true),
-				qmp.BitmapMerge(snapshot, todo, qmp.BitmapRef{Node: d.format, Name: d.Old}))
-		}
-		actions = append(actions, qmp.BlockdevBackup(job))
-	}
-	if err := s.qmp.Transaction(ctx, actions...); err != nil {
-		return fmt.Errorf("start the copying: %w", err)
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	for i, d := range s.plan.Disks {
-		group.Go(func() error {
-			err := s.qmp.WaitJob(ctx, s.jobID(i), func(j qmp.Job) { s.cfg.Progress.Disk(d.Name, j.Current, j.Total) })
-			if err != nil {
-				return fmt.Errorf("disk %s: %w", d.Name, err)
-			}
-			return nil
-		})
-	}
-	return group.Wait()
 }
 
 // jobID is different for each run, so that a late event of an earlier job is not taken for this one's.

@@ -64,6 +64,9 @@ type BackupOptions struct {
 	// it, break-snapshot fails the job. QEMU 11.1 and later; an error on earlier ones.
 	OnCBWError string `json:"on-cbw-error,omitempty"`
 
+	// DiscardSource discards what is copied on the node that it is copied from. QEMU 9.1 and later.
+	DiscardSource bool `json:"discard-source,omitempty"`
+
 	// Both are always sent. WaitJob needs a job that finalizes itself and is not dismissed: true, false.
 	AutoFinalize bool `json:"auto-finalize"`
 	AutoDismiss  bool `json:"auto-dismiss"`

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,8 +21,8 @@ const (
 	partialPrefix = "."
 	partialSuffix = ".partial"
 
-	// clusterSize of all images. Larger clusters make increments larger: QEMU copies whole ones.
-	clusterSize = 64 << 10
+	// defaultClusterSize of images. Larger clusters make increments larger: QEMU copies whole ones.
+	defaultClusterSize = 64 << 10
 
 	// createLimit bounds qemu-img create, which only writes a few clusters.
 	createLimit = 2 * time.Minute
@@ -95,11 +96,21 @@ func (g *Guest) Sync() error {
 // identity is what an image carries in its header, so that two images that were swapped are told apart for certain.
 func identity(ref chain.ImageRef) []byte { return []byte(ref.UUID + "/" + ref.Disk) }
 
+// ImageOptions are the settings of a new image.
+type ImageOptions struct {
+	ClusterSize int64  // in bytes; 0: 64 KiB
+	Compression string // of compressed clusters: "zlib" or "zstd"; "": zlib
+}
+
 // CreateImage makes the empty image of a disk of size bytes, an overlay on parent if that is not nil, and returns its
 // path. The parent is not opened: that it is there and sound is for the caller to know.
-func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, parent *chain.ImageRef) (string, error) {
+func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, parent *chain.ImageRef, opts ImageOptions) (string, error) {
 	path := filepath.Join(p.Dir, chain.ImageFile(disk))
-	args := []string{"create", "-q", "-f", "qcow2", "-o", "compat=1.1,cluster_size=" + strconv.Itoa(clusterSize)}
+	format := fmt.Sprintf("compat=1.1,cluster_size=%d", cmp.Or(opts.ClusterSize, defaultClusterSize))
+	if opts.Compression != "" {
+		format += ",compression_type=" + opts.Compression
+	}
+	args := []string{"create", "-q", "-f", "qcow2", "-o", format}
 	if parent != nil {
 		args = append(args, "-u", "-b", chain.BackingFile(*parent), "-F", "qcow2")
 	}

@@ -86,7 +86,7 @@ func point(t *testing.T, g *Guest, id chain.ID) (*Partial, *chain.Manifest) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.CreateImage(t.Context(), "scsi0", 1<<20, nil); err != nil {
+	if _, err := p.CreateImage(t.Context(), "scsi0", 1<<20, nil, ImageOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	bytes, sums, err := p.Finish(t.Context(), "scsi0")

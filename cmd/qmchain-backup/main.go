@@ -51,6 +51,7 @@ func explain(err error) error {
 		{repo.ErrLocked, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
 		{qmp.ErrBusy, ui.ExitBusy, "a QMP socket serves one client at a time: give the backup a socket of its own"},
 		{qmp.ErrNotQMP, ui.ExitFailed, "--socket must name a QMP socket, made with -qmp or with -mon mode=control; QEMU's monitor for people and the guest agent's socket are not"},
+		{backup.ErrIOThread, ui.ExitFailed, "--no-fleece backs it up without a filter; a slow or failing repository then slows or fails the guest's own writes"},
 		{backup.ErrOtherGuest, ui.ExitFailed, "give this guest another --name, or take the folder over with --adopt, which begins new chains"},
 		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? A new repository needs an empty folder"},
 		{backup.ErrNotFound, ui.ExitNotFound, ""},

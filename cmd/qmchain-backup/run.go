@@ -50,15 +50,26 @@ type runCmd struct {
 	runFlags  `embed:""`
 	Threshold string        `placeholder:"SIZE" help:"Make no point if less than SIZE (such as 64MiB) has changed."`
 	Note      string        `placeholder:"TEXT" help:"A note to keep with the point."`
-	FleeceDir string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
 	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
+
+	FleeceDir   string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
+	FleeceLimit string        `placeholder:"SIZE" help:"The most that one disk may take there; more fails the backup."`
+	CbwTimeout  time.Duration `name:"cbw-timeout" default:"15s" placeholder:"TIME" help:"How long a write of the guest may wait until what it overwrites is saved; longer fails the backup."`
+	NoFleece    bool          `help:"Copy directly to the repository. A slow or failing repository then slows or fails the guest's own writes."`
+
+	Compress    string `enum:"zstd,zlib,none" default:"none" help:"Compress the images: zstd or zlib."`
+	SpeedLimit  string `placeholder:"SIZE" help:"Copy at most SIZE a second of each disk."`
+	Jobs        int    `default:"0" placeholder:"N" help:"Copy at most N disks at once. 0: all."`
+	ClusterSize string `placeholder:"SIZE" help:"Cluster size of the images, 64KiB by default. Larger ones make increments larger."`
+	Aio         string `enum:"threads,native,io_uring,default" default:"default" help:"How QEMU writes the images: threads, native (with --direct) or io_uring."`
+	Direct      bool   `help:"QEMU writes the images past the host's page cache."`
 
 	AgentSocket   string        `placeholder:"ADDR" help:"The guest agent's socket: freeze the guest's file systems for the instant of the point. In Windows guests this asks the VSS writers for a backup, which can make databases cut their logs."`
 	FreezeFs      []string      `placeholder:"PATH" help:"Freeze only the file system that the guest has mounted there. Can be given several times."`
 	FreezeTimeout time.Duration `default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 
-	DryRun    bool          `help:"Print what would be done, and do nothing."`
+	DryRun bool `help:"Print what would be done, and do nothing."`
 }
 
 func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
@@ -67,18 +78,21 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		return err
 	}
 	req.Note = c.Note
-	if c.Threshold != "" {
-		n, err := humanize.ParseBytes(c.Threshold)
-		if err != nil || n > math.MaxInt64 {
-			return ui.Exit(ui.ExitUsage, fmt.Errorf("--threshold: %q is not a size", c.Threshold))
-		}
-		req.Threshold = int64(n)
+	if req.Threshold, err = size("--threshold", c.Threshold); err != nil {
+		return err
+	}
+	copying, err := c.copying()
+	if err != nil {
+		return err
+	}
+	fleecing, err := c.fleecing()
+	if err != nil {
+		return err
 	}
 	if c.DryRun {
 		return preview(ctx, u, fsys, &c.runFlags, req, false)
 	}
-	fleece, err := c.fleeceDir()
-	if err != nil {
+	if fleecing.Dir, err = c.fleeceDir(); err != nil {
 		return err
 	}
 	if len(c.FreezeFs) > 0 && c.AgentSocket == "" {
@@ -96,7 +110,8 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		Repo: func() (*repo.Repo, error) {
 			return repo.OpenOrCreate(c.Repo, fsys)
 		},
-		FleeceDir:   fleece,
+		Fleecing:    fleecing,
+		Copying:     copying,
 		LockWait:    c.LockWait,
 		Agent:       agent,
 		FreezeLimit: c.FreezeTimeout,
@@ -130,6 +145,58 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		return ui.Exit(ui.ExitPartly, fmt.Errorf("point %s/%s is good, but not all went as asked: %s", c.Name, result.Point.ID, result.Warnings[0]))
 	}
 	return err
+}
+
+// size reads a flag's number of bytes: "64MiB", "5G" or plain bytes; "" is 0.
+func size(flag, text string) (int64, error) {
+	if text == "" {
+		return 0, nil
+	}
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n > math.MaxInt64 {
+		return 0, ui.Exit(ui.ExitUsage, fmt.Errorf("%s: %q is not a size", flag, text))
+	}
+	return int64(n), nil
+}
+
+func (c *runCmd) copying() (copying backup.Copying, err error) {
+	copying = backup.Copying{Jobs: c.Jobs, Direct: c.Direct}
+	if c.Compress != "none" {
+		copying.Compress = c.Compress
+	}
+	if c.Aio != "default" {
+		copying.AIO = c.Aio
+	}
+	if copying.Speed, err = size("--speed-limit", c.SpeedLimit); err != nil {
+		return copying, err
+	}
+	if copying.ClusterSize, err = size("--cluster-size", c.ClusterSize); err != nil {
+		return copying, err
+	}
+	if n := copying.ClusterSize; n != 0 && (n < 4<<10 || n > 2<<20 || n&(n-1) != 0) {
+		return copying, ui.Exit(ui.ExitUsage, errors.New("--cluster-size must be a power of two from 4KiB to 2MiB"))
+	}
+	if c.Jobs < 0 {
+		return copying, ui.Exit(ui.ExitUsage, errors.New("--jobs can't be negative"))
+	}
+	if c.Aio == "native" && !c.Direct {
+		return copying, ui.Exit(ui.ExitUsage, errors.New("--aio native needs --direct"))
+	}
+	return copying, nil
+}
+
+func (c *runCmd) fleecing() (fleecing backup.Fleecing, err error) {
+	fleecing = backup.Fleecing{Off: c.NoFleece, Timeout: c.CbwTimeout}
+	if fleecing.Limit, err = size("--fleece-limit", c.FleeceLimit); err != nil {
+		return fleecing, err
+	}
+	if fleecing.Limit != 0 && (fleecing.Limit < 1<<20 || fleecing.Limit%512 != 0) {
+		return fleecing, ui.Exit(ui.ExitUsage, errors.New("--fleece-limit must be at least 1MiB, and a multiple of 512 bytes"))
+	}
+	if c.CbwTimeout < time.Second || c.CbwTimeout > time.Hour || c.CbwTimeout%time.Second != 0 {
+		return fleecing, ui.Exit(ui.ExitUsage, errors.New("--cbw-timeout must be whole seconds, from 1s to 1h"))
+	}
+	return fleecing, nil
 }
 
 // fleeceDir returns the folder for fleece images, making it where it is the default.

@@ -180,7 +180,7 @@ func (g *Guest) store(ctx context.Context, p *repo.Partial, d Disk) (*chain.Disk
 		}
 		from.Size = info.Size()
 	}
-	path, err := p.CreateImage(ctx, d.Name, from.Size, from.parent)
+	path, err := p.CreateImage(ctx, d.Name, from.Size, from.parent, repo.ImageOptions{})
 	if err != nil {
 		return nil, err
 	}
