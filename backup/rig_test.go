@@ -94,7 +94,7 @@ func (r *rig) config(level chain.Level) backup.Config {
 	return backup.Config{
 		Request: backup.Request{Level: level},
 		Guest:   "web", Addr: r.vm.Socket,
-		Repo:      func() (*repo.Repo, error) { return repo.OpenOrCreate(r.repo, r.fs) },
+		Repo:     func() (*repo.Repo, error) { return repo.OpenOrCreate(r.repo, r.fs) },
 		Fleecing: backup.Fleecing{Dir: r.fleece}, LockWait: 2 * time.Second,
 		Log: r.log, Progress: silent{}, Now: time.Now,
 	}

@@ -1,0 +1,60 @@
+// Qmchain-fuse shows a repository as a read-only file system: every disk of every point as one raw image.
+package main
+
+import (
+	"errors"
+
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/cmd/internal/cli"
+	"qmchain/fusefs"
+	"qmchain/internal/ui"
+)
+
+type grammar struct {
+	cli.Common
+	Mount  mountCmd  `cmd:"" help:"Mount a repository. Returns when the mount answers."`
+	Umount umountCmd `cmd:"" help:"Unmount a repository, and wait until its server has ended."`
+}
+
+func program() cli.Program {
+	var g grammar
+	return cli.Program{
+		Name: "qmchain-fuse",
+		Description: "Shows every point of every guest in a repository: MNT/GUEST/POINT/DISK.raw, and MNT/GUEST/latest. " +
+			"The images are read-only; new points appear by themselves.",
+		Grammar: &g,
+		Common:  &g.Common,
+		Bind:    []any{&g.Common},
+		Explain: explain,
+	}
+}
+
+func main() { cli.Main(program()) }
+
+// explain gives an error its exit code and, where there is one, the next step.
+func explain(err error) error {
+	for _, e := range []struct {
+		is   error
+		code int
+		hint string
+	}{
+		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? `qmchain-backup run --repo DIR` makes a repository"},
+		{chain.ErrDamaged, ui.ExitDamaged, ""},
+		{fusefs.ErrStale, ui.ExitFailed, "`qmchain-fuse umount MNT` clears it away"},
+		{fusefs.ErrMounted, ui.ExitBusy, ""},
+		{fusefs.ErrNested, ui.ExitFailed, "mount it elsewhere"},
+		{fusefs.ErrNoFUSE, ui.ExitFailed, "FUSE needs the kernel module fuse and the right to use /dev/fuse: root, or the package fuse3; in a container it must be allowed"},
+		{fusefs.ErrNotMounted, ui.ExitNotFound, ""},
+		{fusefs.ErrBusy, ui.ExitBusy, "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
+		{fusefs.ErrHangs, ui.ExitFailed, ""},
+	} {
+		if errors.Is(err, e.is) {
+			if e.hint != "" && ui.HintOf(err) == "" {
+				err = ui.Hint(err, e.hint)
+			}
+			return ui.Exit(e.code, err)
+		}
+	}
+	return err
+}

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"qmchain/chain/repo/repotest"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"qmchain-fuse": main})
+}
+
+// The scripts run the real program; see each for what it guards. Beside testscript's own commands they have:
+//
+//	mkrepo DIR              make a repository with guest 110 of three points; $POINT is the newest, WANT its scsi0
+//	exits CODE PROGRAM...   run a program, which must end with that code
+//	mounted DIR, unmounted DIR
+//	                        wait until a repository is mounted, or is not
+//	noserver                wait until no server is left
+//	hold FILE               open a file, until the script ends
+//	broken FILE             reading FILE, which is held, must fail
+//	terminate               send SIGTERM to the server
+//	killserver DIR          send it SIGKILL
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			env.Values["held"] = map[string]*os.File{}
+			env.Defer(func() { cleanUp(t, env.WorkDir) })
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"mkrepo":     mkrepo,
+			"exits":      exits,
+			"mounted":    func(ts *testscript.TestScript, _ bool, args []string) { waitMounted(ts, args, true) },
+			"unmounted":  func(ts *testscript.TestScript, _ bool, args []string) { waitMounted(ts, args, false) },
+			"noserver":   noServer,
+			"hold":       hold,
+			"broken":     broken,
+			"terminate":  terminate,
+			"killserver": killServer,
+		},
+	})
+}
+
+// cleanUp takes away what a script that failed has left.
+func cleanUp(t *testing.T, dir string) {
+	for _, m := range mountsUnder(dir) {
+		_ = unix.Unmount(m, unix.MNT_FORCE|unix.MNT_DETACH)
+	}
+	for _, pid := range servers(dir) {
+		t.Errorf("server %d was left", pid)
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+}
+
+func mountsUnder(dir string) []string {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	var found []string
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); len(fields) > 4 && strings.HasPrefix(fields[4], dir+"/") && strings.Contains(line, " - fuse.qmchain ") {
+			found = append(found, fields[4])
+		}
+	}
+	return found
+}
+
+// servers returns the servers that the script in dir has started. Their arguments are relative paths, but they have its
+// environment.
+func servers(dir string) []int {
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	var pids []int
+	for _, f := range files {
+		args, err := os.ReadFile(f)
+		if err != nil || !bytes.Contains(args, []byte("\x00--foreground\x00")) {
+			continue
+		}
+		env, err := os.ReadFile(filepath.Join(filepath.Dir(f), "environ"))
+		if err != nil || !slices.Contains(strings.Split(string(env), "\x00"), "WORK="+dir) {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f))); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+const diskSize = 4 << 20
+
+func mkrepo(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o700))
+	g := repotest.NewGuest(tb{ts}, repotest.New(tb{ts}, dir), "110", time.Date(2026, 11, 20, 10, 15, 23, 0, time.UTC))
+	for i := range byte(3) {
+		g.Add(repotest.Disk{Name: "scsi0", Size: diskSize, Write: repotest.RandomWrites(uint64(i), 10, diskSize, 10+20*i)})
+	}
+	newest := g.Points.Latest().ID
+	ts.Setenv("POINT", string(newest))
+	ts.Check(os.WriteFile(ts.MkAbs("WANT"), g.Want(newest, "scsi0"), 0o600))
+}
+
+type tb struct{ ts *testscript.TestScript }
+
+func (tb) Helper()                             {}
+func (t tb) Fatalf(format string, args ...any) { t.ts.Fatalf(format, args...) }
+
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	code := 0
+	var exit *exec.ExitError
+	switch err := ts.Exec(args[1], args[2:]...); {
+	case errors.As(err, &exit):
+		code = exit.ExitCode()
+	case err != nil:
+		ts.Fatalf("%v", err)
+	}
+	if code != want {
+		ts.Fatalf("exit code %d, want %d", code, want)
+	}
+}
+
+func eventually(ts *testscript.TestScript, what string, ok func() bool) {
+	for deadline := time.Now().Add(15 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			ts.Fatalf("not in time: %s", what)
+		}
+	}
+}
+
+func waitMounted(ts *testscript.TestScript, args []string, want bool) {
+	dir := ts.MkAbs(args[0])
+	eventually(ts, "mounted is "+strconv.FormatBool(want), func() bool {
+		return (len(mountsUnder(filepath.Dir(dir))) > 0) == want
+	})
+}
+
+func noServer(ts *testscript.TestScript, _ bool, _ []string) {
+	eventually(ts, "no server", func() bool { return len(servers(ts.Getenv("WORK"))) == 0 })
+}
+
+func theServer(ts *testscript.TestScript) int {
+	pids := servers(ts.Getenv("WORK"))
+	if len(pids) != 1 {
+		ts.Fatalf("servers: %v", pids)
+	}
+	return pids[0]
+}
+
+func terminate(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(unix.Kill(theServer(ts), unix.SIGTERM))
+}
+
+func hold(ts *testscript.TestScript, _ bool, args []string) {
+	f, err := os.Open(ts.MkAbs(args[0]))
+	ts.Check(err)
+	ts.Defer(func() { _ = f.Close() })
+	ts.Value("held").(map[string]*os.File)[args[0]] = f
+}
+
+func broken(ts *testscript.TestScript, _ bool, args []string) {
+	f := ts.Value("held").(map[string]*os.File)[args[0]]
+	if _, err := f.ReadAt(make([]byte, 4096), diskSize-4096); err == nil {
+		ts.Fatalf("%s can still be read", args[0])
+	}
+}
+
+func killServer(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	ts.Check(unix.Kill(theServer(ts), unix.SIGKILL))
+	eventually(ts, "the server is dead", func() bool {
+		_, err := os.Stat(dir)
+		return errors.Is(err, unix.ENOTCONN)
+	})
+}
+
+func TestOptions(t *testing.T) {
+	for _, test := range []struct {
+		in   string
+		want options
+		err  string
+	}{
+		{"", options{}, ""},
+		{"rw,nosuid,nodev,relatime", options{}, ""},
+		{"defaults,noauto,_netdev,nofail,user,x-systemd.requires=network.target,X-mount.mkdir,comment=a b", options{}, ""},
+		{"allow_other", options{allowOther: true}, ""},
+		{"ro,allow_other,debug", options{allowOther: true, debug: true}, ""},
+		{"allow_othe", options{}, "-o allow_othe is not known"},
+		{"ro,uid=1000", options{}, "-o uid=1000 is not known"},
+	} {
+		got, err := parseOptions(strings.Split(test.in, ","))
+		if diff := cmp.Diff(test.want, got, cmp.AllowUnexported(options{})); diff != "" {
+			t.Errorf("%q: %s", test.in, diff)
+		}
+		if (err == nil) != (test.err == "") || err != nil && err.Error() != test.err {
+			t.Errorf("%q: error %v, want %q", test.in, err, test.err)
+		}
+	}
+}
