@@ -45,12 +45,26 @@ func (f Fleecing) path(lock string, i int) string {
 // sweep removes the fleece images of dead runs. A run leaves one only when it is killed between making it and QEMU's opening
 // it.
 func (f Fleecing) sweep() error {
-	if f.Off {
+	if f.Off || f.Dir == "" {
 		return nil
 	}
+	stale, err := f.stale()
+	if err != nil {
+		return err
+	}
+	for _, path := range stale {
+		if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
+			return fmt.Errorf("fleece image of a run that did not end: %w", err)
+		}
+	}
+	return nil
+}
+
+// stale returns the fleece images of dead runs.
+func (f Fleecing) stale() (paths []string, err error) {
 	entries, err := os.ReadDir(f.Dir)
 	if err != nil {
-		return fmt.Errorf("folder for fleece images: %w", err)
+		return nil, fmt.Errorf("folder for fleece images: %w", err)
 	}
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), fleeceSuffix)
@@ -58,14 +72,11 @@ func (f Fleecing) sweep() error {
 			continue
 		}
 		lock, _, _ := strings.Cut(name, ".")
-		if o, ok := lockOwner(lock); !ok || !o.dead() {
-			continue
-		}
-		if err := os.Remove(filepath.Join(f.Dir, e.Name())); err != nil && !os.IsNotExist(err) {
-			return fmt.Errorf("fleece image of a run that did not end: %w", err)
+		if o, ok := lockOwner(lock); ok && o.dead() {
+			paths = append(paths, filepath.Join(f.Dir, e.Name()))
 		}
 	}
-	return nil
+	return paths, nil
 }
 
 // addFleece makes the image that saves what the guest overwrites. Its name goes as soon as QEMU has opened it, so that no

@@ -238,13 +238,17 @@ func uselessBitmaps(v *view, repo string, points chain.Points, partials []chain.
 
 // dropBitmaps removes the useless bitmaps from the guest.
 func (s *session) dropBitmaps(ctx context.Context, v *view, points chain.Points, partials []chain.ID) error {
-	var actions []qmp.Action
-	for _, b := range uselessBitmaps(v, s.repo.ShortID(), points, partials) {
-		s.log.Debugf("removing bitmap %s of node %s", b.name, b.node)
-		actions = append(actions, qmp.BitmapRemove(b.node, b.name))
-	}
-	if len(actions) == 0 {
+	return s.drop(ctx, uselessBitmaps(v, s.repo.ShortID(), points, partials))
+}
+
+// drop removes bitmaps from the guest, all of them or none.
+func (s *session) drop(ctx context.Context, bitmaps []bitmap) error {
+	if len(bitmaps) == 0 {
 		return nil
+	}
+	var actions []qmp.Action
+	for _, b := range bitmaps {
+		actions = append(actions, qmp.BitmapRemove(b.node, b.name))
 	}
 	if err := s.qmp.Transaction(ctx, actions...); err != nil {
 		return fmt.Errorf("remove bitmaps that are of no more use: %w", err)

@@ -132,6 +132,22 @@ func (b *bench) killed(err error, stderr *bytes.Buffer) bool {
 	return false
 }
 
+// doctor has the doctor look and put right, so that it then finds nothing. Where there must be something it must find it.
+func (b *bench) doctor(mustFind bool) {
+	b.t.Helper()
+	args := []string{"doctor", "--socket", b.vm.Socket, "--name", "web", "--repo", b.repo, "--fleece-dir", b.fleece}
+	code, stdout, stderr := call(b.t, args...)
+	if code != 0 && code != 6 || mustFind && code != 6 {
+		b.t.Fatalf("doctor: exit code %d: %s%s", code, stdout, stderr)
+	}
+	if code, stdout, stderr := call(b.t, append(args, "--fix")...); code != 0 {
+		b.t.Fatalf("doctor --fix: exit code %d: %s%s", code, stdout, stderr)
+	}
+	if code, stdout, stderr := call(b.t, args...); code != 0 || stdout != "all is well\n" {
+		b.t.Fatalf("doctor after doctor --fix: exit code %d: %s%s", code, stdout, stderr)
+	}
+}
+
 // after checks that the guest goes on as if nothing had been, and that the next run is an increment.
 func (b *bench) after() {
 	b.t.Helper()
@@ -206,6 +222,9 @@ func TestKilledBeforeEveryCommand(t *testing.T) {
 			}
 			started <- cmd.Process
 			killed := b.killed(cmd.Wait(), stderr)
+			if at%4 == 0 {
+				b.doctor(at > 4 && killed)
+			}
 			b.after()
 			if !killed {
 				t.Logf("a run has %d commands", proxy.Commands())

@@ -21,6 +21,8 @@ type grammar struct {
 	Estimate estimateCmd `cmd:"" help:"Show what a run would copy, disk by disk."`
 	List     listCmd     `cmd:"" help:"List the points in a repository."`
 	Info     infoCmd     `cmd:"" help:"Show a guest, its disks, and what tracks them."`
+	Doctor   doctorCmd   `cmd:"" help:"Find what crashes have left, and put it right."`
+	Cleanup  cleanupCmd  `cmd:"" help:"Remove our bitmaps from a guest: a rollback to a snapshot needs that. The next run takes a full."`
 }
 
 // program is qmchain-backup; all that it writes to a repository goes through fsys.
@@ -46,7 +48,7 @@ func explain(err error) error {
 		hint string
 	}{
 		{backup.ErrUndo, ui.ExitNeedsDoctor, "run the backup again when the cause is mended: it first takes away what is left"},
-		{backup.ErrNeedsDoctor, ui.ExitNeedsDoctor, ""},
+		{backup.ErrNeedsDoctor, ui.ExitNeedsDoctor, "`qmchain-backup doctor` tells more; a frozen guest is thawed with --agent-socket"},
 		{backup.ErrBusy, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
 		{repo.ErrLocked, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
 		{qmp.ErrBusy, ui.ExitBusy, "a QMP socket serves one client at a time: give the backup a socket of its own"},

@@ -92,7 +92,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if c.DryRun {
 		return preview(ctx, u, fsys, &c.runFlags, req, false)
 	}
-	if fleecing.Dir, err = c.fleeceDir(); err != nil {
+	if fleecing.Dir, err = fleeceDir(c.FleeceDir); err != nil {
 		return err
 	}
 	if len(c.FreezeFs) > 0 && c.AgentSocket == "" {
@@ -199,19 +199,19 @@ func (c *runCmd) fleecing() (fleecing backup.Fleecing, err error) {
 	return fleecing, nil
 }
 
-// fleeceDir returns the folder for fleece images, making it where it is the default.
-func (c *runCmd) fleeceDir() (string, error) {
-	if c.FleeceDir != "" {
-		info, err := os.Stat(c.FleeceDir)
+// fleeceDir returns the folder for fleece images: the one given, or the default, which it makes.
+func fleeceDir(given string) (string, error) {
+	if given != "" {
+		info, err := os.Stat(given)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			return "", ui.Exit(ui.ExitNotFound, fmt.Errorf("--fleece-dir: %w", err))
 		case err != nil:
 			return "", fmt.Errorf("--fleece-dir: %w", err)
 		case !info.IsDir():
-			return "", ui.Exit(ui.ExitNotFound, fmt.Errorf("--fleece-dir: %s is not a folder", c.FleeceDir))
+			return "", ui.Exit(ui.ExitNotFound, fmt.Errorf("--fleece-dir: %s is not a folder", given))
 		}
-		return c.FleeceDir, nil
+		return given, nil
 	}
 	base := "/var/lib"
 	if os.Geteuid() != 0 {

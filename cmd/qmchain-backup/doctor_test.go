@@ -1,0 +1,84 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"qmchain/chain"
+	"qmchain/internal/testenv"
+)
+
+// bitmaps lists the bitmaps in the images of the stopped guest.
+func (b *bench) bitmaps() string {
+	b.t.Helper()
+	var all string
+	for _, id := range []string{"scsi0", "virtio1"} {
+		all += testenv.Output(b.t, b.vm.Config().QEMU.Img, "info", "-f", "qcow2", b.vm.Disk(id).Path)
+	}
+	return all
+}
+
+func (b *bench) images() []string {
+	return []string{"--offline", b.vm.Disk("scsi0").Path, "--offline", b.vm.Disk("virtio1").Path}
+}
+
+func TestDoctorOfAStoppedGuest(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, testenv.Host(t), testenv.Drive)
+	b.write(10)
+	b.point(chain.Full)
+	b.vm.Restart()
+	b.vm.Kill()
+	args := append([]string{"doctor", "--name", "web", "--repo", b.repo, "--fleece-dir", b.fleece}, b.images()...)
+	code, stdout, stderr := call(t, args...)
+	if code != 6 || strings.Count(stdout, "inconsistent") != 2 {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	if code, stdout, stderr := call(t, append(args, "--fix")...); code != 0 {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	if all := b.bitmaps(); strings.Contains(all, "qmchain:") {
+		t.Errorf("left: %s", all)
+	}
+	if code, _, stderr := call(t, "doctor", "--name", "web", "--repo", b.repo, "--socket", b.vm.Socket, "--offline", "x"); code != 80 {
+		t.Errorf("exit code %d: %s", code, stderr)
+	}
+}
+
+// After cleanup a snapshot can be loaded, and the next run takes a full.
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, testenv.Host(t), testenv.Drive)
+	b.vm.HMP("savevm before")
+	b.write(10)
+	b.point(chain.Full)
+	b.point(chain.Inc)
+	if out := b.vm.HMP("loadvm before"); !strings.Contains(out, "bitmap") {
+		t.Errorf("a snapshot is loaded in spite of bitmaps: %q", out)
+	}
+	if code, _, stderr := call(t, "cleanup"); code != 80 {
+		t.Errorf("exit code %d: %s", code, stderr)
+	}
+	code, stdout, stderr := call(t, "cleanup", "--socket", b.vm.Socket)
+	if code != 0 || strings.Count(stdout, "qmchain:") != 2 {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	if out := b.vm.HMP("loadvm before"); out != "" {
+		t.Errorf("the snapshot is not loaded: %q", out)
+	}
+	cmd, errs := b.command(0, b.args(b.vm.Socket)...)
+	if err := cmd.Run(); err == nil || cmd.ProcessState.ExitCode() != 4 || !strings.Contains(errs.String(), "no bitmap records") {
+		t.Errorf("%v: %s", err, errs)
+	}
+
+	b.vm.Quit()
+	if !strings.Contains(b.bitmaps(), "qmchain:") {
+		t.Error("no bitmap is stored")
+	}
+	if code, stdout, stderr := call(t, append([]string{"cleanup", "--repo", b.repo}, b.images()...)...); code != 0 || strings.Count(stdout, "qmchain:") != 2 {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	if all := b.bitmaps(); strings.Contains(all, "qmchain:") {
+		t.Errorf("left: %s", all)
+	}
+}
