@@ -28,6 +28,8 @@ type view struct {
 	devices []qmp.BlockInfo
 	nodes   map[string]*node
 	jobs    []qmp.Job
+	// images are the disks of a stopped guest, in the order of their nodes imageNode(0), imageNode(1), …
+	images []OfflineImage
 }
 
 // Kinds of the block graph's nodes.
@@ -56,8 +58,10 @@ type parent struct {
 
 // look asks a guest for all that planning and recovery need to know. Nothing is changed.
 func look(ctx context.Context, c *qmp.Client) (*view, error) {
-	v := &view{version: c.Version(), nodes: make(map[string]*node)}
-	var err error
+	v, err := lookBlock(ctx, c)
+	if err != nil {
+		return nil, err
+	}
 	status, err := c.QueryStatus(ctx)
 	if err != nil {
 		return nil, err
@@ -66,9 +70,13 @@ func look(ctx context.Context, c *qmp.Client) (*view, error) {
 	if v.guest, err = lookIdentity(ctx, c); err != nil {
 		return nil, err
 	}
-	if v.devices, err = c.QueryBlock(ctx); err != nil {
-		return nil, err
-	}
+	v.devices, err = c.QueryBlock(ctx)
+	return v, err
+}
+
+// lookBlock looks at the block layer, which qemu-storage-daemon has as well.
+func lookBlock(ctx context.Context, c *qmp.Client) (*view, error) {
+	v := &view{version: c.Version(), nodes: make(map[string]*node)}
 	named, err := c.QueryNamedBlockNodes(ctx)
 	if err != nil {
 		return nil, err
@@ -151,6 +159,9 @@ var filters = map[string]bool{
 // disks returns the guest's disks, those that are left out too. A node of ours on top means that recovery has not run.
 func (v *view) disks() ([]Disk, error) {
 	var disks []Disk
+	if v.images != nil {
+		return v.offlineDisks()
+	}
 	names := make(map[string]string)
 	for i := range v.devices {
 		dev := &v.devices[i]

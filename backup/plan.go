@@ -71,6 +71,7 @@ type planner struct {
 	points chain.Points
 	guest  chain.GuestIdentity
 	now    time.Time
+	memory bool // bitmaps in memory are of use: the QEMU process goes on after the run
 	// sound checks that the image files of a disk in a point are all there and are what their manifests say.
 	sound func(chain.Layer) error
 }
@@ -128,6 +129,12 @@ func diskNames(disks []Disk) string {
 
 // atLevel makes of a disk's plan for Auto one for the level that was asked for.
 func (pd PlannedDisk) atLevel(req Request, p planner) (PlannedDisk, error) {
+	if pd.Kind == chain.KindMemory && !p.memory {
+		pd.New = ""
+		if pd.Level == chain.Full && pd.Unplanned {
+			pd = pd.full("it can't be tracked while the guest is stopped: its image can't store bitmaps")
+		}
+	}
 	switch req.Level {
 	case chain.Full:
 		pd = pd.full("asked for")
@@ -206,7 +213,12 @@ func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
 		return strings.Compare(string(a.layer.Point.ID), string(b.layer.Point.ID))
 	})
 	parent := newest.layer
-	switch was := parent.Point.Guest; {
+	was := parent.Point.Guest
+	if was.UUID == "" && was.VMGenID == "" && was.VMName == "" {
+		// The first points were taken while the guest was stopped: its images did not tell whose they are.
+		was.UUID, was.VMGenID = p.guest.UUID, p.guest.VMGenID
+	}
+	switch {
 	case was.UUID != p.guest.UUID:
 		return pd.unplanned("its last point is another guest's")
 	case was.VMGenID != p.guest.VMGenID:

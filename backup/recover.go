@@ -36,7 +36,7 @@ func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 	if err := s.cancelJobs(ctx); err != nil {
 		return nil, err
 	}
-	v, err := look(ctx, s.qmp)
+	v, err := s.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 			return nil, fmt.Errorf("take our nodes out of the guest: %w", err)
 		}
 	}
-	if v, err = look(ctx, s.qmp); err != nil {
+	if v, err = s.look(ctx); err != nil {
 		return nil, err
 	}
 	for name := range v.nodes {

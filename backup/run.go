@@ -39,6 +39,7 @@ type Config struct {
 	Repo     func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
 	LockWait time.Duration              // how long to wait for locks
 
+	Offline  []OfflineImage // the disks of a stopped guest; Addr, Fleecing, Agent and Pause are then of no meaning
 	Fleecing Fleecing
 	Copying  Copying
 
@@ -76,6 +77,7 @@ type session struct {
 	qmp     *qmp.Client
 	repo    *repo.Repo
 	guest   *repo.Guest
+	daemon  *daemon // of a stopped guest
 	lock    *repo.Lock
 	mutex   *guestLock
 	points  chain.Points
@@ -93,7 +95,20 @@ type session struct {
 // error wraps ErrUndo as well.
 func Run(ctx context.Context, cfg Config) (*Result, error) {
 	s := &session{cfg: cfg, log: cfg.Log, result: &Result{}}
-	client, err := qmp.Dial(ctx, cfg.Addr)
+	if len(cfg.Offline) > 0 {
+		daemon, err := startDaemon(ctx, cfg)
+		if err != nil {
+			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		}
+		defer func() {
+			if err := daemon.stop(); err != nil {
+				s.warnf("the bitmaps may not be stored in the guest's images: %v", err)
+			}
+		}()
+		s.daemon = daemon
+		s.cfg.Addr, s.cfg.Fleecing.Off, s.cfg.Agent, s.cfg.Pause = daemon.socket, true, nil, false
+	}
+	client, err := qmp.Dial(ctx, s.cfg.Addr)
 	if err != nil {
 		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 	}
@@ -140,7 +155,7 @@ func (s *session) twice(ctx context.Context, f func(context.Context) error) erro
 
 // finish takes away what is of no more use once the point stands.
 func (s *session) finish(ctx context.Context) error {
-	v, err := look(ctx, s.qmp)
+	v, err := s.look(ctx)
 	if err != nil {
 		return err
 	}
@@ -240,7 +255,7 @@ func (s *session) recover(ctx context.Context) (*view, error) {
 			return nil, err
 		}
 	}
-	return look(ctx, s.qmp)
+	return s.look(ctx)
 }
 
 func (s *session) readPoints() error {
@@ -284,7 +299,7 @@ func (s *session) undo(ctx context.Context) (err error) {
 }
 
 func (s *session) reconnect(ctx context.Context) error {
-	if _, err := s.qmp.QueryStatus(ctx); !errors.Is(err, qmp.ErrDisconnected) {
+	if _, err := s.qmp.QueryJobs(ctx); !errors.Is(err, qmp.ErrDisconnected) {
 		return err
 	}
 	_ = s.qmp.Close()
@@ -296,6 +311,22 @@ func (s *session) reconnect(ctx context.Context) error {
 	}
 	s.qmp = client
 	return nil
+}
+
+// look looks at the guest, running or not.
+func (s *session) look(ctx context.Context) (*view, error) {
+	if s.daemon == nil {
+		return look(ctx, s.qmp)
+	}
+	v, err := lookBlock(ctx, s.qmp)
+	if err != nil {
+		return nil, err
+	}
+	v.status, v.images = "stopped", s.cfg.Offline
+	if latest := s.points.Latest(); latest != nil {
+		v.guest = latest.Guest // images don't tell whose they are
+	}
+	return v, nil
 }
 
 // Preview returns the plan of a run without changing anything. It refuses while the guest still has something of a run that
@@ -338,6 +369,7 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 		repo:   s.repo.ShortID(),
 		points: s.points,
 		guest:  v.guest,
+		memory: v.images == nil,
 		now:    s.cfg.Now(),
 		sound: func(l chain.Layer) error {
 			return s.guest.CheckImages(s.points, l.Point, l.Disk.Name)
@@ -553,7 +585,7 @@ func (s *session) takeInstant(ctx context.Context) error {
 	}
 
 	// The options of the guest's own filters are asked for again, as they are now.
-	v, err := look(ctx, s.qmp)
+	v, err := s.look(ctx)
 	if err != nil {
 		return err
 	}

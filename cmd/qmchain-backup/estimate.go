@@ -22,6 +22,9 @@ type estimateCmd struct {
 }
 
 func (c *estimateCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	if c.Socket == "" {
+		return ui.Exit(ui.ExitUsage, errors.New("--socket of the running guest is missing"))
+	}
 	req, err := c.request()
 	if err != nil {
 		return err

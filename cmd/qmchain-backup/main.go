@@ -50,6 +50,7 @@ func explain(err error) error {
 		{backup.ErrUndo, ui.ExitNeedsDoctor, "run the backup again when the cause is mended: it first takes away what is left"},
 		{backup.ErrNeedsDoctor, ui.ExitNeedsDoctor, "`qmchain-backup doctor` tells more; a frozen guest is thawed with --agent-socket"},
 		{backup.ErrBusy, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
+		{backup.ErrInUse, ui.ExitBusy, "--offline is for stopped guests; a running one is backed up with --socket"},
 		{repo.ErrLocked, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
 		{qmp.ErrBusy, ui.ExitBusy, "a QMP socket serves one client at a time: give the backup a socket of its own"},
 		{qmp.ErrNotQMP, ui.ExitFailed, "--socket must name a QMP socket, made with -qmp or with -mon mode=control; QEMU's monitor for people and the guest agent's socket are not"},

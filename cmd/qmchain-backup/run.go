@@ -23,7 +23,7 @@ import (
 
 // runFlags are the flags that run and estimate share.
 type runFlags struct {
-	Socket      string      `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
+	Socket      string      `placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
 	Name        string      `required:"" placeholder:"GUEST" help:"The guest's name in the repository."`
 	Repo        string      `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. The first run makes one in an empty folder."`
 	Level       chain.Level `enum:"auto,full,inc,diff,copy" default:"auto" help:"auto: an increment of each disk where that is safe, else a full; full: begin new chains; inc: fail where an increment is not possible; diff: as inc, but the next increment is since the same point again; copy: a full outside of any chain."`
@@ -69,7 +69,8 @@ type runCmd struct {
 	FreezeTimeout time.Duration `default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 
-	DryRun bool `help:"Print what would be done, and do nothing."`
+	Offline []string `placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times."`
+	DryRun  bool     `help:"Print what would be done, and do nothing."`
 }
 
 func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
@@ -89,7 +90,21 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if err != nil {
 		return err
 	}
+	var offline []backup.OfflineImage
+	for _, o := range c.Offline {
+		image, err := backup.ParseOfflineImage(o)
+		if err != nil {
+			return ui.Exit(ui.ExitUsage, fmt.Errorf("--offline: %w", err))
+		}
+		offline = append(offline, image)
+	}
+	if (c.Socket == "") == (len(offline) == 0) {
+		return ui.Exit(ui.ExitUsage, errors.New("say which guest: --socket of a running one, or --offline with the images of a stopped one"))
+	}
 	if c.DryRun {
+		if len(offline) > 0 {
+			return ui.Exit(ui.ExitUsage, errors.New("--dry-run needs a running guest"))
+		}
 		return preview(ctx, u, fsys, &c.runFlags, req, false)
 	}
 	if fleecing.Dir, err = fleeceDir(c.FleeceDir); err != nil {
@@ -110,6 +125,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		Repo: func() (*repo.Repo, error) {
 			return repo.OpenOrCreate(c.Repo, fsys)
 		},
+		Offline:     offline,
 		Fleecing:    fleecing,
 		Copying:     copying,
 		LockWait:    c.LockWait,

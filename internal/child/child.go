@@ -64,3 +64,59 @@ func (l *limited) Write(p []byte) (int, error) {
 	l.kept.Write(keep)
 	return len(p), nil
 }
+
+// Process is a child that runs beside the caller.
+type Process struct {
+	cmd    *exec.Cmd
+	stderr limited
+	done   chan struct{} // closed when the child has ended
+	err    error         // its end; read only after done
+}
+
+// Start starts a program that goes on until it ends by itself or Stop is called. When its parent dies it gets a SIGTERM, so
+// that it can end in an orderly way.
+func Start(name string, args ...string) (*Process, error) {
+	p := &Process{cmd: exec.Command(name, args...), done: make(chan struct{})}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	p.cmd.Stderr = &p.stderr
+	started := make(chan error)
+	go func() {
+		// The thread that makes the child must live as long as the child does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		err = p.cmd.Wait()
+		if text := strings.TrimSpace(p.stderr.kept.String()); err != nil && text != "" {
+			err = fmt.Errorf("%w: %s", err, text)
+		}
+		p.err = err
+		close(p.done)
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return p, nil
+}
+
+// Done is closed when the child has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Err is how the child ended: nil for exit status 0. It must not be called before Done is closed.
+func (p *Process) Err() error { return p.err }
+
+// Stop asks the child to end by SIGTERM, and kills it when it has not ended within limit. It can be called again.
+func (p *Process) Stop(limit time.Duration) error {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+		return p.err
+	case <-time.After(limit):
+		_ = p.cmd.Process.Kill()
+		<-p.done
+		return fmt.Errorf("%s: did not end within %s and was killed: %w", p.cmd.Path, limit, context.DeadlineExceeded)
+	}
+}
