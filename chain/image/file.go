@@ -39,7 +39,7 @@ type stamp struct {
 }
 
 func stampOf(st *unix.Stat_t) stamp {
-	return stamp{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mtime: st.Mtim}
+	return stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim}
 }
 
 // file is an image file of a layer, open or not.
@@ -89,7 +89,7 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 	}
 	n, err := pread(fd, p, off)
 	f.release()
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = fmt.Errorf("%s: read at %d: %w", f.name, off, err)
 	}
 	return n, err
@@ -297,7 +297,7 @@ func pread(fd int, p []byte, off int64) (int, error) {
 // retry repeats f while signals interrupt it.
 func retry(f func() error) error {
 	for {
-		if err := f(); err != unix.EINTR {
+		if err := f(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}

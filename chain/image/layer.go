@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -207,7 +208,7 @@ func (l *layer) read(p []byte, off int64) error {
 		}
 	}
 	_, err := l.file.ReadAt(p, off)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("%s: %w: it ends before byte %d", l.key.name, ErrChanged, off+int64(len(p)))
 	}
 	return err

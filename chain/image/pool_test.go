@@ -442,7 +442,7 @@ func TestHugeDisk(t *testing.T) {
 		t.Errorf("it took %s", d)
 	}
 	buf := make([]byte, 100)
-	if n, err := img.ReadAt(buf, size-50); n != 50 || err != io.EOF || buf[0] != 2 {
+	if n, err := img.ReadAt(buf, size-50); n != 50 || !errors.Is(err, io.EOF) || buf[0] != 2 {
 		t.Errorf("read at the end: %d, %v", n, err)
 	}
 }

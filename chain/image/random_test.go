@@ -141,16 +141,16 @@ func (m *diskModel) discard(off, length int64) {
 }
 
 // settle takes over what really became of the discards, if all else is as it should be.
-func (m *diskModel) settle(real []byte) error {
-	if len(real) != len(m.bytes) {
-		return fmt.Errorf("%d bytes, %d expected", len(real), len(m.bytes))
+func (m *diskModel) settle(actual []byte) error {
+	if len(actual) != len(m.bytes) {
+		return fmt.Errorf("%d bytes, %d expected", len(actual), len(m.bytes))
 	}
-	for i, b := range real {
+	for i, b := range actual {
 		if b != m.bytes[i] && (b != 0 || !m.discarded[i]) {
 			return fmt.Errorf("byte %d is %#02x, %#02x expected", i, b, m.bytes[i])
 		}
 	}
-	copy(m.bytes, real)
+	copy(m.bytes, actual)
 	clear(m.discarded)
 	return nil
 }

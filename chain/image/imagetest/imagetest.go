@@ -172,7 +172,7 @@ func randomReads(img image.Image, want []byte, rnd *rand.Rand, count int) error 
 		n, err := img.ReadAt(p, int64(off))
 		left := want[off:]
 		if len(left) >= length && (n != length || err != nil) || len(left) < length && (n != len(left) || !errors.Is(err, io.EOF)) {
-			return fmt.Errorf("ReadAt(%d bytes, %d) = %d, %v", length, off, n, err)
+			return fmt.Errorf("ReadAt(%d bytes, %d) = %d, %w", length, off, n, err)
 		}
 		if err := diff(p[:n], left[:n], off); err != nil {
 			return err
