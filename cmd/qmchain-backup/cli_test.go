@@ -290,6 +290,62 @@ func TestListAndInfo(t *testing.T) {
 	}
 }
 
+func TestEventsMetricsAndCheck(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, testenv.Host(t), testenv.Drive)
+	b.write(20)
+	file := filepath.Join(t.TempDir(), "m.prom")
+	args := append(b.args(b.vm.Socket), "--json", "--metrics-file", file)
+	code, stdout, stderr := call(t, args...)
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	lines := strings.Split(strings.TrimSpace(stdout), "\n")
+	var last struct {
+		Event, Guest, ID, Level string
+		Seconds                 float64
+		Warnings                []string
+	}
+	for _, line := range lines {
+		if err := json.Unmarshal([]byte(line), &last); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+	}
+	if last.Event != "point" || last.Guest != "web" || last.ID == "" || last.Level != "full" || last.Seconds <= 0 || last.Warnings == nil {
+		t.Errorf("last event: %+v", last)
+	}
+	if code, stdout, stderr := call(t, append(args, "--threshold", "1GiB")...); code != 0 || !strings.Contains(stdout, `"event":"skipped"`) {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	text, err := os.ReadFile(file)
+	if err != nil || !strings.Contains(string(text), `qmchain_backup_last_run_exit_code{guest="web"} 0`) {
+		t.Errorf("%s, %v", text, err)
+	}
+	code, stdout, _ = call(t, append(args, "--disk", "scsi9")...)
+	if code != 2 || !strings.Contains(stdout, `"exit_code":2`) {
+		t.Errorf("exit code %d: %s", code, stdout)
+	}
+	if text, _ := os.ReadFile(file); !strings.Contains(string(text), `qmchain_backup_last_run_exit_code{guest="web"} 2`) {
+		t.Errorf("%s", text)
+	}
+
+	for _, test := range []struct {
+		args []string
+		code int
+		text string
+	}{
+		{nil, 0, "ok"},
+		{[]string{"--max-age", "1ns"}, 1, "TOO OLD"},
+		{[]string{"web", "mail"}, 2, "no point"},
+		{[]string{"../web"}, 80, "no such"},
+	} {
+		code, stdout, stderr := call(t, append([]string{"check", "--repo", b.repo}, test.args...)...)
+		if code != test.code || !strings.Contains(stdout, test.text) {
+			t.Errorf("check %q: exit code %d: %s%s", test.args, code, stdout, stderr)
+		}
+	}
+}
+
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{{"--help"}, {"run", "--help"}, {"--version"}} {

@@ -119,6 +119,68 @@ func printPoints(w io.Writer, points []listPoint) error {
 	return nil
 }
 
+type checkCmd struct {
+	Repo   string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
+	MaxAge time.Duration `default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
+	Guest  []string      `arg:"" optional:"" help:"Only these guests."`
+}
+
+// Run fails with exit code 1 where a point is too old, 2 where a guest has none, and 5 where the newest can't be read.
+func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
+	r, err := repo.Open(c.Repo, fsys)
+	if err != nil {
+		return err
+	}
+	guests := c.Guest
+	if len(guests) == 0 {
+		if guests, err = r.Guests(); err != nil {
+			return err
+		}
+	}
+	var worst error
+	now := time.Now()
+	err = u.Result(false, nil, func(w io.Writer) error {
+		for _, name := range guests {
+			state, err := c.check(r, name, now)
+			if _, werr := fmt.Fprintf(w, "%s\t%s\n", name, state); werr != nil {
+				return werr
+			}
+			if err != nil && ui.ExitCode(err) >= ui.ExitCode(worst) {
+				worst = err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return worst
+}
+
+func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (state string, err error) {
+	g, err := r.Guest(name)
+	if err != nil {
+		return "no such guest", ui.Exit(ui.ExitUsage, err)
+	}
+	tip, err := g.Tip()
+	if err != nil {
+		return "unreadable", err
+	}
+	if tip == "" {
+		return "no point", ui.Exit(ui.ExitNotFound, fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint))
+	}
+	m, err := g.Point(tip)
+	if err != nil {
+		return "damaged: " + string(tip), ui.Exit(ui.ExitDamaged, err)
+	}
+	age := now.Sub(m.Time).Round(time.Second)
+	state = fmt.Sprintf("%s old: %s", age, tip)
+	if age > c.MaxAge {
+		return "TOO OLD, " + state, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age))
+	}
+	return "ok, " + state, nil
+}
+
 type infoCmd struct {
 	Socket string `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
 	JSON   bool   `name:"json" help:"Print one JSON document."`

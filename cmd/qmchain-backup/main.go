@@ -21,6 +21,7 @@ type grammar struct {
 	Estimate estimateCmd `cmd:"" help:"Show what a run would copy, disk by disk."`
 	List     listCmd     `cmd:"" help:"List the points in a repository."`
 	Info     infoCmd     `cmd:"" help:"Show a guest, its disks, and what tracks them."`
+	Check    checkCmd    `cmd:"" help:"For monitoring: fail where a guest's newest point is too old."`
 	Doctor   doctorCmd   `cmd:"" help:"Find what crashes have left, and put it right."`
 	Cleanup  cleanupCmd  `cmd:"" help:"Remove our bitmaps from a guest: a rollback to a snapshot needs that. The next run takes a full."`
 }

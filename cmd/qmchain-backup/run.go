@@ -9,7 +9,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -69,8 +68,10 @@ type runCmd struct {
 	FreezeTimeout time.Duration `default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 
-	Offline []string `placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times."`
-	DryRun  bool     `help:"Print what would be done, and do nothing."`
+	JSON        bool     `name:"json" help:"Print events, one JSON document a line, in place of the point's name."`
+	MetricsFile string   `placeholder:"FILE" help:"Write metrics to FILE for node_exporter's textfile collector."`
+	Offline     []string `placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times."`
+	DryRun      bool     `help:"Print what would be done, and do nothing."`
 }
 
 func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
@@ -117,7 +118,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if c.AgentSocket != "" {
 		agent = backup.SocketAgent{Addr: c.AgentSocket, Mountpoints: c.FreezeFs}
 	}
-	progress := u.NewProgress()
+	progress := newObserver(u, c.JSON)
 	cfg := backup.Config{
 		Request: req,
 		Guest:   c.Name,
@@ -133,12 +134,19 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		FreezeLimit: c.FreezeTimeout,
 		Pause:       c.Pause,
 		Log:         u.Log,
-		Progress:    &bars{progress: progress, bars: make(map[string]ui.Bar)},
+		Progress:    progress,
 		Now:         time.Now,
 	}
 	began := time.Now()
 	result, err := backup.Run(ctx, cfg)
-	progress.Done()
+	if endErr := progress.end(result, time.Since(began), err); err == nil {
+		err = endErr
+	}
+	if c.MetricsFile != "" {
+		if metricsErr := metrics(c.MetricsFile, c.Name, result, began, err); metricsErr != nil {
+			u.Log.Warnf("--metrics-file: %v", metricsErr)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -150,10 +158,12 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		bytes += uint64(d.Bytes)
 	}
 	u.Log.Infof("point %s/%s: %s, %s in %s", c.Name, result.Point.ID, result.Point.Level(), humanize.IBytes(bytes), time.Since(began).Round(time.Millisecond))
-	err = u.Result(false, nil, func(w io.Writer) error {
-		_, err := fmt.Fprintf(w, "%s/%s\n", c.Name, result.Point.ID)
-		return err
-	})
+	if !c.JSON {
+		err = u.Result(false, nil, func(w io.Writer) error {
+			_, err := fmt.Fprintf(w, "%s/%s\n", c.Name, result.Point.ID)
+			return err
+		})
+	}
 	if err == nil && result.StillFrozen {
 		return fmt.Errorf("point %s/%s is good, but the guest may still be frozen: %w", c.Name, result.Point.ID, backup.ErrNeedsDoctor)
 	}
@@ -241,22 +251,4 @@ func fleeceDir(given string) (string, error) {
 		return "", fmt.Errorf("no folder for fleece images: %w", err)
 	}
 	return dir, nil
-}
-
-// bars shows each disk's progress as soon as there is some.
-type bars struct {
-	progress ui.Progress
-	mu       sync.Mutex
-	bars     map[string]ui.Bar
-}
-
-func (b *bars) Disk(name string, done, total int64) {
-	b.mu.Lock()
-	bar, ok := b.bars[name]
-	if !ok {
-		bar = b.progress.Bar(name, total)
-		b.bars[name] = bar
-	}
-	b.mu.Unlock()
-	bar.Set(done, total)
 }
