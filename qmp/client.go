@@ -300,6 +300,15 @@ func (c *Client) end(err error) {
 	})
 }
 
+func (c *Client) hasEnded() bool {
+	select {
+	case <-c.gone:
+		return true
+	default:
+		return false
+	}
+}
+
 // read hands on what QEMU sends until the connection ends. Nothing in here waits for anybody else.
 func (c *Client) read(conn net.Conn, messages *messageReader) {
 	defer conn.Close()
@@ -465,10 +474,8 @@ func (c *Client) send(ctx context.Context, commands []byte) error {
 		return contextError(ctx)
 	}
 	defer func() { <-c.writing }()
-	select {
-	case <-c.gone:
+	if c.hasEnded() {
 		return c.goneErr
-	default:
 	}
 	if ctx.Err() != nil {
 		return contextError(ctx)

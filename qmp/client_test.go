@@ -742,30 +742,6 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// Two callers of Next on one subscription share the events; none may sleep while there are some.
-func TestNextTwice(t *testing.T) {
-	t.Parallel()
-	f := qmptest.NewFake(t)
-	c := dial(t, f.Addr())
-	sub := c.Subscribe()
-	const each = 500
-	var wg sync.WaitGroup
-	for range 2 {
-		wg.Go(func() {
-			for range each {
-				if _, err := sub.Next(t.Context()); err != nil {
-					t.Error(err)
-					return
-				}
-			}
-		})
-	}
-	for range 2 * each {
-		f.Emit("E", nil)
-	}
-	within(t, "Next", wg.Wait)
-}
-
 func TestMonitor(t *testing.T) {
 	t.Parallel()
 	f := qmptest.NewFake(t)

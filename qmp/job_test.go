@@ -134,6 +134,25 @@ func TestWaitJobByEvent(t *testing.T) {
 	}
 }
 
+// An event that comes while WaitJob takes its first look must not be missed.
+func TestWaitJobEventDuringLook(t *testing.T) {
+	t.Parallel()
+	f := qmptest.NewFake(t)
+	j := newJobs(f)
+	j.set(job("mine", "running", ""))
+	f.Inject(qmptest.Fault{
+		Command: "query-jobs", Nth: 1,
+		Before: []qmptest.Event{{Name: "JOB_STATUS_CHANGE", Data: status("mine", "concluded")}},
+	})
+	c := dial(t, f.Addr())
+	c.SetJobPoll(time.Hour)
+	within(t, "WaitJob", func() {
+		if err := c.WaitJob(t.Context(), "mine", func(qmp.Job) { j.set(job("mine", "concluded", "")) }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestWaitJobByPoll(t *testing.T) {
 	t.Parallel()
 	f := qmptest.NewFake(t)

@@ -45,36 +45,31 @@ func (c *Client) publish(e Event) {
 		s.mu.Lock()
 		s.queue = append(s.queue, e)
 		s.mu.Unlock()
-		s.signal()
-	}
-}
-
-func (s *Subscription) signal() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
+		select {
+		case s.wake <- struct{}{}:
+		default: // woken already
+		}
 	}
 }
 
 // Next awaits the next event. Once the connection has ended and the queue is empty, its error wraps
-// ErrDisconnected.
+// ErrDisconnected. One goroutine at a time may wait.
 func (s *Subscription) Next(ctx context.Context) (Event, error) {
 	for {
+		ended := s.client.hasEnded() // asked before the queue is: nothing is queued after the end
 		if e, ok := s.pop(); ok {
 			return e, nil
 		}
+		if ended {
+			return Event{}, s.client.goneErr
+		}
 		select {
 		case <-s.wake:
+		case <-s.client.gone:
 		case <-s.closed:
 			return Event{}, errSubscriptionClosed
 		case <-ctx.Done():
 			return Event{}, contextError(ctx)
-		case <-s.client.gone:
-			// The last events may have come between the look at the queue and here.
-			if e, ok := s.pop(); ok {
-				return e, nil
-			}
-			return Event{}, s.client.goneErr
 		}
 	}
 }
@@ -87,9 +82,6 @@ func (s *Subscription) pop() (Event, bool) {
 	}
 	e := s.queue[0]
 	s.queue = s.queue[1:]
-	if len(s.queue) > 0 {
-		s.signal() // for another caller of Next, whose token this call may have taken
-	}
 	return e, true
 }
 

@@ -100,6 +100,22 @@ func (l *Ledger) send(disk string, off int, data []byte, command string) error {
 	return nil
 }
 
+// Resize notes that a disk has another size now. No Instant is asked for across it.
+func (l *Ledger) Resize(disk string, size int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	state := make([]byte, size)
+	copy(state, l.state[disk])
+	l.state[disk] = state
+}
+
+// Size is a disk's size.
+func (l *Ledger) Size(disk string) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return int64(len(l.state[disk]))
+}
+
 // Now is the number of requests sent so far: an instant in the disks' history.
 func (l *Ledger) Now() int {
 	l.mu.Lock()

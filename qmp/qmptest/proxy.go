@@ -198,11 +198,6 @@ func (s *proxySession) forward(cmds []CommandSeen) bool {
 	if p.hooks.Before != nil {
 		verdict = p.hooks.Before(first, cmds)
 	}
-	select {
-	case <-s.gone:
-		return false
-	default:
-	}
 	switch {
 	case verdict.Drop:
 		return false
@@ -222,7 +217,7 @@ func (s *proxySession) forward(cmds []CommandSeen) bool {
 		lines = append(lines, cmd.Line...)
 	}
 	if _, err := s.qemu.Write(lines); err != nil {
-		return false
+		return false // as it does when the client has left meanwhile
 	}
 	for i, cmd := range cmds {
 		select {

@@ -1,0 +1,426 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/cmd/internal/cli"
+	"qmchain/internal/durable"
+	"qmchain/internal/ledger"
+	"qmchain/internal/testenv"
+	"qmchain/qmp"
+	"qmchain/qmp/qmptest"
+)
+
+var (
+	tortureRuns = flag.Int("torture-runs", 25, "runs of each guest in TestTorture")
+	tortureSeed = flag.Uint64("torture-seed", 0, "seed of TestTorture; 0: a random one")
+)
+
+// torture is one guest's long life: writes, restarts, crashes, resizes, and runs of the real program that go wrong in all
+// ways at random moments. Every point that comes to be must hold what the disks held at one instant of its run; a run without
+// a fault must succeed; and it must be an increment wherever nothing has happened that ends tracking.
+type torture struct {
+	*bench
+	rand *rand.Rand
+	// tracked is false for a disk that must get a full next, as something has ended its tracking.
+	tracked map[string]bool
+	sums    map[string][sha256.Size]byte
+	log     []string
+}
+
+func (x *torture) note(format string, args ...any) {
+	x.log = append(x.log, fmt.Sprintf(format, args...))
+}
+
+func TestTorture(t *testing.T) {
+	t.Parallel()
+	for _, q := range testenv.QEMUs(t) {
+		for _, style := range []testenv.Style{testenv.Drive, testenv.Throttle} {
+			t.Run(q.Name+"/"+style.String(), func(t *testing.T) {
+				t.Parallel()
+				seed := *tortureSeed
+				if seed == 0 {
+					seed = rand.Uint64()
+				}
+				t.Logf("seed %d", seed)
+				x := &torture{
+					bench: newBench(t, q, style), rand: rand.New(rand.NewPCG(seed, 1)),
+					tracked: make(map[string]bool), sums: make(map[string][sha256.Size]byte),
+				}
+				defer func() {
+					if t.Failed() {
+						t.Logf("what happened:\n%s", strings.Join(x.log[max(0, len(x.log)-40):], "\n"))
+					}
+				}()
+				for range *tortureRuns {
+					x.write(x.rand.IntN(15))
+					x.event()
+					x.write(x.rand.IntN(5))
+					x.faultyRun()
+					if x.rand.IntN(3) == 0 {
+						x.write(x.rand.IntN(5))
+						x.goodRun(chain.Level("auto"))
+					}
+				}
+				x.goodRun(chain.Level("auto"))
+				x.recheck()
+				t.Logf("%d points", len(x.sums))
+			})
+		}
+	}
+}
+
+// event is something that happens to a guest between two runs.
+func (x *torture) event() {
+	lost := func() {
+		for d := range x.tracked {
+			x.tracked[d] = false
+		}
+	}
+	switch x.rand.IntN(12) {
+	case 0:
+		x.note("restart")
+		x.vm.Restart()
+	case 1:
+		x.note("sigterm and restart")
+		x.vm.Terminate()
+		x.vm.Restart()
+	case 2:
+		x.note("QEMU killed")
+		x.flush()
+		x.vm.Kill()
+		x.vm.Restart()
+		lost()
+	case 3:
+		disk := []string{"scsi0", "virtio1"}[x.rand.IntN(2)]
+		x.resize(disk, x.ledger.Size(disk)+int64(1+x.rand.IntN(20))*512*33)
+	case 4:
+		disk := []string{"scsi0", "virtio1"}[x.rand.IntN(2)]
+		if size := x.ledger.Size(disk) - 1<<20; size >= 2<<20 {
+			x.resize(disk, size)
+		}
+	case 5:
+		x.note("paused for a while")
+		x.vm.Execute("stop", nil, nil)
+		x.vm.Execute("cont", nil, nil)
+	}
+}
+
+func (x *torture) flush() {
+	for _, id := range []string{"scsi0", "virtio1"} {
+		x.vm.IO(id, "flush")
+	}
+}
+
+// resize changes a disk's size, unless QEMU refuses.
+func (x *torture) resize(disk string, size int64) {
+	var devices []struct {
+		Device   string `json:"device"`
+		QDev     string `json:"qdev"`
+		Inserted struct {
+			Node string `json:"node-name"`
+		} `json:"inserted"`
+	}
+	x.vm.Execute("query-block", nil, &devices)
+	for _, d := range devices {
+		if !strings.Contains(d.Device+d.QDev, disk) {
+			continue
+		}
+		err := x.vm.Try("block_resize", map[string]any{"node-name": d.Inserted.Node, "size": size}, nil)
+		x.note("resize %s from %d to %d: %v", disk, x.ledger.Size(disk), size, err)
+		if err == nil {
+			if size < x.ledger.Size(disk) {
+				x.tracked[disk] = false
+			}
+			x.ledger.Resize(disk, size)
+		}
+		return
+	}
+	x.t.Fatalf("no device %s in %+v", disk, devices)
+}
+
+// points are the ids of all points that are there.
+func (x *torture) points() map[string]bool {
+	x.t.Helper()
+	ids := make(map[string]bool)
+	found, err := filepath.Glob(filepath.Join(x.repo, "web", "2*"))
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	for _, p := range found {
+		ids[filepath.Base(p)] = true
+	}
+	return ids
+}
+
+// committed checks the point that a run has made, if it has, against the time of that run. It reports whether there is one.
+func (x *torture) committed(before map[string]bool, from int) *chain.Manifest {
+	x.t.Helper()
+	var made *chain.Manifest
+	for id := range x.points() {
+		if before[id] {
+			continue
+		}
+		if made != nil {
+			x.t.Fatalf("one run has made two points")
+		}
+		text, err := os.ReadFile(filepath.Join(x.repo, "web", id, chain.ManifestFile))
+		if err != nil {
+			x.t.Fatal(err)
+		}
+		if made, err = chain.DecodeManifest(text); err != nil {
+			x.t.Fatal(err)
+		}
+		disks := ledger.ReadPoint(x.t, x.vm.Config().QEMU, x.repo, "web", made.ID)
+		if _, err := x.ledger.Instant(disks, from, x.ledger.Now()); err != nil {
+			x.t.Fatalf("point %s: %v", id, err)
+		}
+		for name, data := range disks {
+			x.sums[id+"/"+name] = sha256.Sum256(data)
+		}
+		for _, d := range made.Disks {
+			x.note("  point %s: %s is %s %s", id, d.Name, d.Level, d.Reason)
+			if x.tracked[d.Name] && d.Level == chain.Full && d.Reason != "asked for" {
+				x.t.Fatalf("point %s: disk %s is a full: %s", id, d.Name, d.Reason)
+			}
+			if !x.tracked[d.Name] && d.Level.Overlay() {
+				x.t.Fatalf("point %s: disk %s is an increment, though its tracking had ended", id, d.Name)
+			}
+			if d.Level.Tracked() {
+				x.tracked[d.Name] = true
+			}
+		}
+	}
+	return made
+}
+
+// goodRun is a run without a fault.
+func (x *torture) goodRun(level chain.Level) {
+	x.t.Helper()
+	before, from := x.points(), x.ledger.Now()
+	cmd, stderr := x.command(0, append(x.args(x.vm.Socket), "--level", string(level))...)
+	err := cmd.Run()
+	x.note("a good run, level %s: %v", level, err)
+	if code := cmd.ProcessState.ExitCode(); code != 0 && code != 4 {
+		x.t.Fatalf("exit code %d: %s", code, stderr)
+	}
+	if x.committed(before, from) == nil {
+		x.t.Fatalf("no point: %s", stderr)
+	}
+	x.guestIsClean()
+}
+
+// guestIsClean makes sure that the guest runs and that nothing of ours is in it but one bitmap a disk.
+func (x *torture) guestIsClean() {
+	x.t.Helper()
+	if got := x.vm.Status(); got != "running" {
+		x.t.Fatalf("the guest is %s", got)
+	}
+	var nodes []struct {
+		Name    string `json:"node-name"`
+		Bitmaps []struct {
+			Name string `json:"name"`
+		} `json:"dirty-bitmaps"`
+	}
+	x.vm.Execute("query-named-block-nodes", map[string]any{"flat": true}, &nodes)
+	for _, n := range nodes {
+		if strings.HasPrefix(n.Name, "qmchain") || len(n.Bitmaps) > 1 {
+			x.t.Fatalf("left in the guest: %+v", n)
+		}
+	}
+}
+
+// faultyRun is a run to which something happens, most times.
+func (x *torture) faultyRun() {
+	x.t.Helper()
+	level := []string{"auto", "auto", "auto", "auto", "full", "diff", "copy"}[x.rand.IntN(7)]
+	if level == "diff" && !(x.tracked["scsi0"] && x.tracked["virtio1"]) {
+		level = "auto"
+	}
+	at := 1 + x.rand.IntN(70) // of the commands, or of the steps in the file system
+	fault := []string{
+		"none", "kill at command", "kill at step", "connection lost", "connection lost after", "command refused", "killed at any time", "terminated",
+		"job cancelled", "fleece full", "QEMU killed", "QEMU quits", "step fails", "power loss",
+	}[x.rand.IntN(14)]
+	x.note("run, level %s, fault %q at %d", level, fault, at)
+
+	before, from := x.points(), x.ledger.Now()
+	var process atomic.Pointer[os.Process]
+	var proxy *qmptest.Proxy
+	kill := func() { process.Load().Kill() } //nolint:errcheck // it may have ended
+	died := false
+	hooks := qmptest.Hooks{
+		Before: func(n int, cmds []qmptest.CommandSeen) qmptest.Verdict {
+			if x.rand.IntN(3) == 0 && !died {
+				x.write(1)
+			}
+			if n != at {
+				return qmptest.Verdict{}
+			}
+			switch fault {
+			case "kill at command":
+				kill()
+				return qmptest.Verdict{Drop: true}
+			case "connection lost":
+				return qmptest.Verdict{Drop: true}
+			case "command refused":
+				return qmptest.Verdict{Fail: &qmp.Error{Class: qmp.ClassGeneric, Desc: "made-up refusal"}}
+			case "job cancelled":
+				var jobs []struct{ ID string }
+				x.vm.Execute("query-jobs", nil, &jobs)
+				for _, j := range jobs {
+					_ = x.vm.Try("job-cancel", map[string]any{"id": j.ID}, nil)
+				}
+			case "QEMU killed":
+				x.flush()
+				x.vm.Kill()
+				died = true
+			case "QEMU quits":
+				x.vm.Quit()
+				died = true
+			}
+			return qmptest.Verdict{}
+		},
+		After: func(n int, cmd qmptest.CommandSeen, _ json.RawMessage) {
+			switch {
+			case died:
+			case fault == "connection lost after" && n == at:
+				proxy.Drop()
+			case cmd.Name == "blockdev-reopen":
+				x.write(10)
+				if fault == "fleece full" {
+					if err := x.ledger.Fill("scsi0", 0, 2<<20, byte(1+x.rand.IntN(255))); err != nil {
+						x.t.Error(err)
+					}
+				}
+			}
+		},
+	}
+	proxy = qmptest.NewProxy(x.t, x.vm.Socket, hooks)
+	args := append(x.args(proxy.Addr()), "--level", level)
+	killStep := 0
+	switch fault {
+	case "fleece full":
+		args = append(args, "--fleece-limit", "1MiB")
+	case "kill at step", "power loss":
+		killStep = at
+	}
+	var code int
+	var text string
+	if fault == "step fails" {
+		code, text = x.failAtStep(at, args)
+	} else {
+		cmd, stderr := x.command(killStep, args...)
+		if err := cmd.Start(); err != nil {
+			x.t.Fatal(err)
+		}
+		process.Store(cmd.Process)
+		switch fault {
+		case "killed at any time":
+			time.AfterFunc(time.Duration(x.rand.IntN(250))*time.Millisecond, kill)
+		case "terminated":
+			delay := time.Duration(20+x.rand.IntN(230)) * time.Millisecond // so that it has got ready for signals
+			time.AfterFunc(delay, func() { _ = process.Load().Signal(syscall.SIGTERM) })
+		}
+		err := cmd.Wait()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			x.t.Fatal(err)
+		}
+		code, text = cmd.ProcessState.ExitCode(), stderr.String()
+	}
+	x.note("  exit code %d", code)
+	if strings.Contains(text, "panic") {
+		x.t.Fatalf("%s", text)
+	}
+	if died {
+		x.vm.Restart()
+	}
+	if fault == "power loss" {
+		x.losePower()
+	}
+	made := x.committed(before, from)
+	if fault == "none" && made == nil {
+		x.t.Fatalf("a run without a fault made no point: exit code %d: %s", code, text)
+	}
+	if fault == "QEMU killed" && died {
+		// Bitmaps that were loaded are inconsistent now, and those of this session are lost.
+		for d := range x.tracked {
+			x.tracked[d] = false
+		}
+	}
+	if got := x.vm.Status(); got != "running" {
+		x.t.Fatalf("the guest is %s after %q", got, fault)
+	}
+}
+
+// losePower makes of the unfinished point what a file system may make of it when the host loses power before a commit: files
+// that were not synced are empty or cut.
+func (x *torture) losePower() {
+	partials, _ := filepath.Glob(filepath.Join(x.repo, "web", ".*.partial", "*"))
+	for _, path := range partials {
+		switch x.rand.IntN(3) {
+		case 0:
+			_ = os.Truncate(path, 0)
+		case 1:
+			_ = os.Remove(path)
+		}
+	}
+}
+
+// failAtStep is a run in this process in which one step in the file system fails.
+func (x *torture) failAtStep(at int, args []string) (code int, text string) {
+	steps := 0
+	fsys := durable.FS{Before: func(string, string) error {
+		if steps++; steps == at {
+			return []error{syscall.ENOSPC, syscall.EIO}[at%2]
+		}
+		return nil
+	}}
+	var out, errs bytes.Buffer
+	ctx, cancel := context.WithTimeout(x.t.Context(), time.Minute)
+	defer cancel()
+	env := cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }}
+	return program(fsys).Run(ctx, args, env), errs.String()
+}
+
+// recheck reads all points again: none may have changed.
+func (x *torture) recheck() {
+	x.t.Helper()
+	r, err := repo.Open(x.repo, durable.FS{})
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	g, err := r.Guest("web")
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	points, problems, err := g.Points()
+	if err != nil || len(problems) > 0 {
+		x.t.Fatal(err, problems)
+	}
+	for _, p := range points {
+		for name, data := range ledger.ReadPoint(x.t, x.vm.Config().QEMU, x.repo, "web", p.ID) {
+			if sha256.Sum256(data) != x.sums[string(p.ID)+"/"+name] {
+				x.t.Errorf("point %s: disk %s has changed", p.ID, name)
+			}
+		}
+	}
+}
