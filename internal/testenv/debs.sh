@@ -43,7 +43,12 @@ apt=(apt-get -qq
 "${apt[@]}" update
 "${apt[@]}" install --yes --download-only --no-install-recommends "$@"
 
-mkdir -p "$folder"
+# /bin, /sbin and /lib in /usr, as on every installed system: older releases'
+# packages still differ in where they put things.
+mkdir -p "$folder"/usr/{bin,sbin,lib,lib64}
+for name in bin sbin lib lib64; do
+	[[ -L $folder/$name ]] || ln -s "usr/$name" "$folder/$name"
+done
 for deb in "$work"/archives/*.deb; do
-	dpkg-deb -x "$deb" "$folder"
+	dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink --no-same-owner -C "$folder"
 done

@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// The Linux guest boots from nothing but its initrd, sees every kind of disk
-// under the name that the test gave it, and has two agents.
+// The Linux guest boots from nothing but its initrd, sees its disks under
+// the names that the test gave it, and has two agents.
 func TestGuest(t *testing.T) {
 	t.Parallel()
 	eachQEMU(t, func(t *testing.T, q QEMU) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		const size = 32 << 20
-		ids := []string{"scsi0", "virtio1", "sata0", "ide1", "nvme0"}
+		ids := []string{"scsi0", "virtio1", "ide1", "nvme0"}
 		cfg := Config{QEMU: q, Style: Throttle, Guest: true, NoShutdown: true}
 		for _, id := range ids {
 			cfg.Disks = append(cfg.Disks, Disk{ID: id, Size: size})
@@ -39,7 +39,7 @@ func TestGuest(t *testing.T) {
 			t.Errorf("frozen: %v, %v", frozen, err)
 		}
 		// A frozen file system holds writers back, and can be read.
-		if out := vm.Run(ctx, "(echo late >/mnt/c) & sleep 0.2; ls /mnt/c /mnt/b 2>/dev/null; echo"); strings.Contains(out, "/mnt/c") || !strings.Contains(out, "/mnt/b") {
+		if out := vm.Run(ctx, "(echo late >/mnt/c) >/dev/null 2>&1 & sleep 0.2; ls /mnt/c /mnt/b 2>/dev/null; echo"); strings.Contains(out, "/mnt/c") || !strings.Contains(out, "/mnt/b") {
 			t.Errorf("a write got through the freeze: %q", out)
 		}
 		if n, err := a.Thaw(ctx); n != 1 || err != nil {
@@ -57,18 +57,17 @@ func TestGuest(t *testing.T) {
 		if s := vm.Status(); s != "shutdown" {
 			t.Errorf("status %s after power off", s)
 		}
-		vm.Restart()
+		vm.Reconfigure(func(c *Config) { c.Prelaunch = true })
+		if _, err := vm.TryRun(ctx, "true"); err == nil {
+			t.Error("a command ran before the guest did")
+		}
+		vm.Execute("cont", nil, nil)
+		vm.WaitBoot()
 		vm.Run(ctx, "mount /dev/disk/virtio1 /mnt")
 		if got := vm.Run(ctx, "cd /mnt && sha256sum a b"); got != sum {
 			t.Errorf("after a restart:\n%swant\n%s", got, sum)
 		}
 		vm.Run(ctx, "umount /mnt && e2fsck -fn /dev/disk/virtio1")
-
-		vm.Execute("system_reset", nil, nil)
-		vm.WaitBoot()
-		if out := vm.Run(ctx, "cat /proc/uptime"); len(out) == 0 || strings.Index(out, ".") > 2 {
-			t.Errorf("uptime after a reset: %s", out)
-		}
 		vm.Execute("system_powerdown", nil, nil) // the power button
 		vm.WaitEvent("SHUTDOWN", time.Minute)
 		if !strings.Contains(vm.Console(), guestReady) {

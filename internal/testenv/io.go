@@ -19,8 +19,9 @@ import (
 // guest's own requests enter. It returns what qemu-io printed, and fails the
 // test when the request fails or when data that was read is not what -P says.
 //
-// Unlike a guest's, these requests are not held back while the guest is
-// stopped. The option -q is refused: it hides the outcome.
+// As in a guest, only a flush makes sure that a write survives Kill. Unlike a
+// guest's, these requests are not held back while the guest is stopped. The
+// option -q is refused: it hides the outcome.
 func (vm *VM) IO(disk, command string) string {
 	vm.tb.Helper()
 	out, err := vm.TryIO(disk, command)

@@ -28,9 +28,8 @@ root=$new/root
 # What no test needs, a third of it.
 rm -rf "$root"/{etc,var} "$root"/usr/{sbin,bin/qemu-system-i386} \
 	"$root"/usr/share/{doc,man,locale,info,perl,perl5,bash-completion,icons,applications} \
-	"$root"/{,usr/}lib/x86_64-linux-gnu/{gconv,perl,perl-base}
+	"$root"/usr/lib/x86_64-linux-gnu/{gconv,perl,perl-base}
 
-loader=$(find "$root" -name ld-linux-x86-64.so.2 -type f -printf '%P\n' | head -n 1)
 mkdir "$new/bin"
 for program in qemu-system-x86_64 qemu-img qemu-io qemu-nbd qemu-storage-daemon; do
 	data=
@@ -42,10 +41,9 @@ for program in qemu-system-x86_64 qemu-img qemu-io qemu-nbd qemu-storage-daemon;
 	cat >"$new/bin/$program" <<-WRAPPER
 		#!/bin/sh
 		root=\${0%/*}/../root
-		lib=x86_64-linux-gnu
-		export QEMU_MODULE_DIR="\$root/usr/lib/\$lib/qemu"
-		exec "\$root/$loader" --argv0 "\$0" --library-path "\$root/usr/lib/\$lib:\$root/lib/\$lib" \\
-		  "\$root/usr/bin/$program" $data"\$@"
+		lib=\$root/usr/lib/x86_64-linux-gnu
+		export QEMU_MODULE_DIR="\$lib/qemu"
+		exec "\$lib/ld-linux-x86-64.so.2" --argv0 "\$0" --library-path "\$lib" "\$root/usr/bin/$program" $data"\$@"
 	WRAPPER
 	chmod +x "$new/bin/$program"
 	"$new/bin/$program" --version >"$new/version"

@@ -280,9 +280,13 @@ func TestLife(t *testing.T) {
 			t.Errorf("status %s", s)
 		}
 		vm.IO("scsi0", "write -P 7 0 64k")
-		for name, end := range map[string]func(){"quit": vm.Quit, "SIGTERM": vm.Terminate, "SIGKILL": vm.Kill} {
-			pid := vm.Pid()
-			end()
+		vm.IO("scsi0", "flush")
+		for _, end := range []struct {
+			name string
+			how  func()
+		}{{"SIGKILL", vm.Kill}, {"quit", vm.Quit}, {"SIGTERM", vm.Terminate}} {
+			name, pid := end.name, vm.Pid()
+			end.how()
 			if vm.Alive() || syscall.Kill(pid, 0) == nil {
 				t.Fatalf("%s: still there", name)
 			}
@@ -296,7 +300,7 @@ func TestLife(t *testing.T) {
 			vm.IO("scsi0", "read -P 7 0 64k")
 		}
 		vm.PowerOff()
-		vm.WaitEvent("SHUTDOWN", 10*time.Second)
+		vm.WaitEvent("SHUTDOWN", time.Minute)
 		if s := vm.Status(); s != "shutdown" {
 			t.Errorf("status %s after power off", s)
 		}
@@ -309,7 +313,7 @@ func TestLife(t *testing.T) {
 		}
 		vm.Execute("cont", nil, nil)
 		vm.PowerOff()
-		if err := vm.Wait(10 * time.Second); err != nil {
+		if err := vm.Wait(time.Minute); err != nil {
 			t.Errorf("exit after power off: %v", err)
 		}
 	})

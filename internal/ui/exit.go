@@ -76,6 +76,12 @@ func ExitCode(err error) int {
 	return ExitFailed
 }
 
+// errReported is what Reported wraps.
+var errReported = errors.New("reported already")
+
+// Reported is an error with that exit code that another process has told the user of already.
+func Reported(code int) error { return Exit(code, errReported) }
+
 type hintError struct {
 	hint string
 	err  error

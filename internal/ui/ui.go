@@ -54,7 +54,7 @@ func New(stdout, stderr io.Writer, getenv func(string) string, opts Options) (*U
 	if opts.Quiet {
 		screenLevel = logrus.ErrorLevel
 	}
-	var format logrus.Formatter = plainFormat(!writesToJournal(stderr, getenv("JOURNAL_STREAM")))
+	format := plainFormat(!writesToJournal(stderr, getenv("JOURNAL_STREAM")))
 	if u.terminal != nil {
 		format = textFormat{colour: getenv("NO_COLOR") == "" && getenv("TERM") != "dumb"}
 	}
@@ -95,6 +95,9 @@ func (u *UI) Finish(err error) int {
 	if err == nil {
 		return ExitOK
 	}
+	if errors.Is(err, errReported) {
+		return ExitCode(err)
+	}
 	entry := logrus.NewEntry(u.Log)
 	if hint := HintOf(err); hint != "" {
 		entry = entry.WithField(hintKey, hint)
@@ -113,6 +116,6 @@ func ReportError(stderr io.Writer, err error) int {
 	if hint := HintOf(err); hint != "" {
 		text += "hint: " + printable(hint) + "\n"
 	}
-	_, werr := io.WriteString(stderr, text)
-	return ExitCode(errors.Join(err, werr))
+	_, _ = io.WriteString(stderr, text)
+	return ExitCode(err)
 }

@@ -1,0 +1,54 @@
+# `make` builds, `make setup test` tests; `make help` lists the rest.
+
+GO      := internal/testenv/go.sh
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+CACHE   := $(or $(QMCHAIN_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qmchain)
+PKG     := ./...
+TIMEOUT := 30m
+FUZZ    := 10s
+
+LINT_VERSION := v2.15.0
+# Built by the project's own Go: a linter of an older one can't read its code.
+LINT := $(CACHE)/golangci-lint-$(LINT_VERSION)-$(shell sed -n 's/^toolchain //p' go.mod)/golangci-lint
+
+.PHONY: build help setup demo test unit lint fuzz bench clean
+
+build: ## build the programs into bin/, static
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags "-s -w -X qmchain/cmd/internal/cli.Version=$(VERSION)" -o bin/ ./cmd/...
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: ## install what building and testing need (Debian 12 or 13), as far as missing
+	@internal/testenv/setup.sh
+
+demo: setup ## back up a running Linux guest, browse its points, restore one
+	@$(MAKE) --no-print-directory build
+	@$(GO) run ./internal/demo
+
+test: setup ## everything that CI runs
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@internal/testenv/fuzz.sh $(FUZZ)
+
+lint: $(LINT) ## gofmt, go vet, golangci-lint
+	@bad=$$("$$($(GO) env GOROOT)/bin/gofmt" -l .) && [ -z "$$bad" ] || { echo "not formatted with gofmt: $$bad"; exit 1; }
+	$(GO) vet ./...
+	GOTOOLCHAIN=local PATH="$$($(GO) env GOROOT)/bin:$$PATH" $(LINT) run ./...
+
+$(LINT):
+	@echo "building golangci-lint $(LINT_VERSION)"
+	@GOBIN=$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_VERSION)
+
+unit: ## the tests alone, of PKG (./...)
+	$(GO) test -race -timeout $(TIMEOUT) $(PKG)
+
+fuzz: ## fuzz each target for FUZZ (10s)
+	@internal/testenv/fuzz.sh $(FUZZ)
+
+bench: ## benchmarks of PKG (./...)
+	$(GO) test -run '^$$' -bench . -benchmem -timeout $(TIMEOUT) $(PKG)
+
+clean: ## remove what build made
+	rm -rf bin

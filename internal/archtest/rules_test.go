@@ -1,0 +1,72 @@
+package archtest
+
+// rules say who may know whom. Folders are relative to the module and stand
+// for what lies below them too; the longest one that covers a package counts.
+type rules struct {
+	// imports lists, for each folder, the folders of the module that it may
+	// import. A package without an entry is an error: decide where it belongs.
+	imports map[string][]string
+	// never are pairs of which the first must not reach the second, not even
+	// through others.
+	never [][2]string
+	// only lists packages, of others or the standard library, that no folder
+	// but these may import.
+	only map[string][]string
+	// testOnly are folders that only tests import, and those in helpers.
+	testOnly, helpers []string
+	// calls are functions, by package, that only the folders in mayCall call.
+	calls   map[string][]string
+	mayCall []string
+}
+
+const everything = "*"
+
+var project = rules{
+	imports: map[string][]string{
+		"cmd":     {everything},
+		"backup":  {"backup", "qmp", "chain", "internal"},
+		"fusefs":  {"fusefs", "chain", "internal"},
+		"hooks":   {"hooks", "proxmox", "internal"},
+		"proxmox": {"proxmox", "internal"},
+		"chain":   {"chain", "internal"},
+		"qmp":     {"qmp", "internal"},
+		// A helper that many share knows none of them.
+		"internal": {},
+		// Those that join several.
+		"internal/fleet":     {"chain", "internal"},
+		"internal/vmrestore": {"chain", "proxmox", "internal"},
+		"internal/drill":     {"chain", "qmp", "internal"},
+		// For tests.
+		"internal/ledger": {"chain", "internal"},
+		"internal/demo":   {"internal"},
+	},
+	never: [][2]string{
+		{"qmp", "chain"},
+		{"chain", "qmp"},
+		{"qmp", "proxmox"},
+		{"proxmox", "qmp"},
+		{"chain", "proxmox"},
+		{"proxmox", "chain"},
+		{"backup", "fusefs"},
+		{"fusefs", "backup"},
+	},
+	only: map[string][]string{
+		"github.com/alecthomas/kong":        {"cmd"},
+		"github.com/alecthomas/kong-toml":   {"cmd"},
+		"github.com/jotaen/kong-completion": {"cmd"},
+	},
+	testOnly: []string{
+		"internal/testenv", "internal/ledger", "internal/archtest", "internal/demo",
+		"qmp/qmptest", "chain/image/imagetest", "chain/repo/repotest",
+	},
+	helpers: []string{"internal/demo"},
+	calls: map[string][]string{
+		"os":      {"Exit"},
+		"syscall": {"Exit"},
+		"log":     {"Fatal", "Fatalf", "Fatalln", "Panic", "Panicf", "Panicln"},
+		"github.com/sirupsen/logrus": {
+			"Exit", "Fatal", "Fatalf", "Fatalln", "Panic", "Panicf", "Panicln",
+		},
+	},
+	mayCall: []string{"cmd", "internal/demo"},
+}
