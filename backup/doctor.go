@@ -214,7 +214,7 @@ func unusable(v *view, repo string, points chain.Points) []bitmap {
 	for _, n := range v.nodes {
 		for _, b := range n.info.DirtyBitmaps {
 			name, ok := chain.ParseBitmapName(b.Name)
-			if ok && name.Repo == repo && !b.Busy && (b.Inconsistent || points.Find(name.Point) == nil) {
+			if ok && name.Repo == repo && !b.Busy && !n.info.ReadOnly && (b.Inconsistent || points.Find(name.Point) == nil) {
 				found = append(found, bitmap{n.name, b.Name})
 			}
 		}
@@ -305,7 +305,7 @@ func Cleanup(ctx context.Context, addr, repo string, lockWait time.Duration) (re
 	var bitmaps []bitmap
 	for _, n := range v.nodes {
 		for _, b := range n.info.DirtyBitmaps {
-			if name, ok := chain.ParseBitmapName(b.Name); ok && (repo == "" || name.Repo == repo) {
+			if name, ok := chain.ParseBitmapName(b.Name); ok && !n.info.ReadOnly && (repo == "" || name.Repo == repo) {
 				bitmaps = append(bitmaps, bitmap{n.name, b.Name})
 				removed = append(removed, b.Name)
 			}

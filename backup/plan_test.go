@@ -240,6 +240,8 @@ func TestUselessBitmaps(t *testing.T) {
 	node := func(bitmaps ...qmp.DirtyBitmap) *view {
 		return &view{nodes: map[string]*node{"n": {name: "n", info: &qmp.BlockDeviceInfo{DirtyBitmaps: bitmaps}}}}
 	}
+	backing := node(recording(idNew, "scsi0"))
+	backing.nodes["n"].info.ReadOnly = true
 	busy := recording(idNew, "scsi0")
 	busy.Busy = true
 	for _, test := range []struct {
@@ -253,6 +255,7 @@ func TestUselessBitmaps(t *testing.T) {
 		{"unexplained", node(recording(idNew, "scsi0")), nil, nil},
 		{"a commit that a leftover folder of the same id denies", node(recording(id1, "scsi0")), []chain.ID{id1}, nil},
 		{"passed on this node, under another name", node(recording(id1, "scsi0"), recording(id2, "virtio0")), nil, []string{bitmapOf(id1, "scsi0")}},
+		{"on a backing image", backing, []chain.ID{idNew}, nil},
 		{"in use", node(busy), []chain.ID{idNew}, nil},
 		{"others'", node(qmp.DirtyBitmap{Name: "bitmap0"}, qmp.DirtyBitmap{Name: "qmchain:76543210:" + string(idNew) + ":scsi0"}, qmp.DirtyBitmap{}), []chain.ID{idNew}, nil},
 	} {

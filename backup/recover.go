@@ -213,6 +213,9 @@ type bitmap struct{ node, name string }
 func uselessBitmaps(v *view, repo string, points chain.Points, partials []chain.ID) []bitmap {
 	var useless []bitmap
 	for _, n := range v.nodes {
+		if n.info.ReadOnly {
+			continue // a backing image: its bitmaps can't be changed, and do no harm
+		}
 		var newest chain.ID // the newest point that a bitmap on this node tracks
 		for _, b := range n.info.DirtyBitmaps {
 			name, ok := chain.ParseBitmapName(b.Name)

@@ -265,10 +265,11 @@ func (x *torture) faultyRun() {
 	var process atomic.Pointer[os.Process]
 	var proxy *qmptest.Proxy
 	kill := func() { process.Load().Kill() } //nolint:errcheck // it may have ended
-	died := false
+	var died atomic.Bool
+	dead := make(chan struct{}) // closed when QEMU has ended
 	hooks := qmptest.Hooks{
 		Before: func(n int, cmds []qmptest.CommandSeen) qmptest.Verdict {
-			if x.rand.IntN(3) == 0 && !died {
+			if !died.Load() && n%3 == at%3 {
 				x.write(1)
 			}
 			if n != at {
@@ -289,24 +290,26 @@ func (x *torture) faultyRun() {
 					_ = x.vm.Try("job-cancel", map[string]any{"id": j.ID}, nil)
 				}
 			case "QEMU killed":
+				died.Store(true)
 				x.flush()
 				x.vm.Kill()
-				died = true
+				close(dead)
 			case "QEMU quits":
+				died.Store(true)
 				x.vm.Quit()
-				died = true
+				close(dead)
 			}
 			return qmptest.Verdict{}
 		},
 		After: func(n int, cmd qmptest.CommandSeen, _ json.RawMessage) {
 			switch {
-			case died:
+			case died.Load():
 			case fault == "connection lost after" && n == at:
 				proxy.Drop()
 			case cmd.Name == "blockdev-reopen":
 				x.write(10)
 				if fault == "fleece full" {
-					if err := x.ledger.Fill("scsi0", 0, 2<<20, byte(1+x.rand.IntN(255))); err != nil {
+					if err := x.ledger.Fill("scsi0", 0, 2<<20, byte(at)); err != nil {
 						x.t.Error(err)
 					}
 				}
@@ -350,7 +353,8 @@ func (x *torture) faultyRun() {
 	if strings.Contains(text, "panic") {
 		x.t.Fatalf("%s", text)
 	}
-	if died {
+	if died.Load() {
+		<-dead
 		x.vm.Restart()
 	}
 	if fault == "power loss" {
@@ -360,7 +364,7 @@ func (x *torture) faultyRun() {
 	if fault == "none" && made == nil {
 		x.t.Fatalf("a run without a fault made no point: exit code %d: %s", code, text)
 	}
-	if fault == "QEMU killed" && died {
+	if fault == "QEMU killed" && died.Load() {
 		// Bitmaps that were loaded are inconsistent now, and those of this session are lost.
 		for d := range x.tracked {
 			x.tracked[d] = false
