@@ -100,6 +100,13 @@ func (l *Ledger) send(disk string, off int, data []byte, command string) error {
 	return nil
 }
 
+// Follow sends requests to another VM from now on: the guest has been migrated there.
+func (l *Ledger) Follow(vm *testenv.VM) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.vm = vm
+}
+
 // Resize notes that a disk has another size now. No Instant is asked for across it.
 func (l *Ledger) Resize(disk string, size int64) {
 	l.mu.Lock()
