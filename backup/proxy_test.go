@@ -18,11 +18,10 @@ import (
 
 // proxyAfter returns the address of a proxy that calls f once, after the first command of that name.
 func (r *rig) proxyAfter(command string, f func()) string {
-	done := false
+	var done atomic.Bool
 	return qmptest.NewProxy(r.t, r.vm.Socket, qmptest.Hooks{
 		After: func(_ int, cmd qmptest.CommandSeen, _ json.RawMessage) {
-			if cmd.Name == command && !done {
-				done = true
+			if cmd.Name == command && done.CompareAndSwap(false, true) {
 				f()
 			}
 		},
@@ -100,7 +99,7 @@ func TestSomebodyStopsAndResumes(t *testing.T) {
 			if paused {
 				r.vm.Execute("stop", nil, nil)
 			}
-			reached := false
+			var reached atomic.Bool
 			r.runVia(qmptest.Hooks{
 				Before: func(n int, _ []qmptest.CommandSeen) qmptest.Verdict {
 					switch {
@@ -108,19 +107,19 @@ func TestSomebodyStopsAndResumes(t *testing.T) {
 					case paused:
 						r.vm.Execute("cont", nil, nil)
 						r.write(1)
-						reached = true
+						reached.Store(true)
 					default:
 						r.vm.Execute("stop", nil, nil)
-						reached = true
+						reached.Store(true)
 					}
 					return qmptest.Verdict{}
 				},
 			}, chain.Inc)
-			want := map[bool]string{true: "running", false: "paused"}[paused == reached]
+			want := map[bool]string{true: "running", false: "paused"}[paused == reached.Load()]
 			if got := r.vm.Status(); got != want {
 				t.Fatalf("command %d: the guest is %s, not %s", at, got, want)
 			}
-			if !reached {
+			if !reached.Load() {
 				break
 			}
 			at += 2
@@ -136,13 +135,13 @@ func TestEveryCommandFails(t *testing.T) {
 		r.write(40)
 		r.run(chain.Full)
 		r.atEveryCommand(func(cfg backup.Config, at int) bool {
-			reached := false
+			var reached atomic.Bool
 			cfg.Addr = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 				Before: func(n int, cmds []qmptest.CommandSeen) qmptest.Verdict {
 					if n != at {
 						return qmptest.Verdict{}
 					}
-					reached = true
+					reached.Store(true)
 					return qmptest.Verdict{Fail: &qmp.Error{Class: qmp.ClassGeneric, Desc: "made-up failure of " + cmds[0].Name}}
 				},
 			}).Addr()
@@ -153,7 +152,7 @@ func TestEveryCommandFails(t *testing.T) {
 			if errors.Is(err, backup.ErrUndo) {
 				t.Errorf("command %d: %v", at, err)
 			}
-			return reached
+			return reached.Load()
 		})
 	})
 }
@@ -166,25 +165,27 @@ func TestConnectionLostAtEveryCommand(t *testing.T) {
 		r.write(40)
 		r.run(chain.Full)
 		r.atEveryCommand(func(cfg backup.Config, at int) bool {
-			reached := false
-			var proxy *qmptest.Proxy
-			proxy = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
+			var reached atomic.Bool
+			var proxy atomic.Pointer[qmptest.Proxy]
+			proxy.Store(qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 				Before: func(n int, _ []qmptest.CommandSeen) qmptest.Verdict {
-					reached = reached || n == at
+					if n == at {
+						reached.Store(true)
+					}
 					return qmptest.Verdict{Drop: n == at && at%2 == 0}
 				},
 				After: func(n int, _ qmptest.CommandSeen, _ json.RawMessage) {
 					if n == at && at%2 == 1 { // QEMU has executed it, and nobody learns
-						proxy.Drop()
+						proxy.Load().Drop()
 					}
 				},
-			})
-			cfg.Addr = proxy.Addr()
+			}))
+			cfg.Addr = proxy.Load().Addr()
 			_, err := backup.Run(t.Context(), cfg)
-			if reached && err != nil && !errors.Is(err, qmp.ErrDisconnected) || errors.Is(err, backup.ErrUndo) {
+			if reached.Load() && err != nil && !errors.Is(err, qmp.ErrDisconnected) || errors.Is(err, backup.ErrUndo) {
 				t.Errorf("command %d: %v", at, err)
 			}
-			return reached
+			return reached.Load()
 		})
 	})
 }
@@ -199,21 +200,21 @@ func TestInterruptedAtEveryCommand(t *testing.T) {
 		r.atEveryCommand(func(cfg backup.Config, at int) bool {
 			ctx, interrupt := context.WithCancel(t.Context())
 			defer interrupt()
-			reached := false
+			var reached atomic.Bool
 			cfg.Addr = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 				Before: func(n int, _ []qmptest.CommandSeen) qmptest.Verdict {
 					if n == at {
-						reached = true
+						reached.Store(true)
 						interrupt()
 					}
 					return qmptest.Verdict{}
 				},
 			}).Addr()
 			result, err := backup.Run(ctx, cfg)
-			if reached && err == nil && result.Point == nil || err != nil && !errors.Is(err, context.Canceled) || errors.Is(err, backup.ErrUndo) {
+			if reached.Load() && err == nil && result.Point == nil || err != nil && !errors.Is(err, context.Canceled) || errors.Is(err, backup.ErrUndo) {
 				t.Errorf("command %d: %v", at, err)
 			}
-			return reached
+			return reached.Load()
 		})
 	})
 }
@@ -298,24 +299,26 @@ func TestJobIsCancelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := r.config(backup.Auto)
-	cancelled := false
+	var cancelled atomic.Bool
 	cfg.Addr = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 		Before: func(_ int, cmds []qmptest.CommandSeen) qmptest.Verdict {
-			if cmds[0].Name == "query-jobs" && !cancelled {
+			if cmds[0].Name == "query-jobs" && !cancelled.Load() {
 				var jobs []struct{ ID string }
 				r.vm.Execute("query-jobs", nil, &jobs)
 				for _, j := range jobs {
-					cancelled = r.vm.Try("block-job-cancel", map[string]any{"device": j.ID, "force": true}, nil) == nil || cancelled
+					if r.vm.Try("block-job-cancel", map[string]any{"device": j.ID, "force": true}, nil) == nil {
+						cancelled.Store(true)
+					}
 				}
 			}
 			return qmptest.Verdict{}
 		},
 	}).Addr()
 	_, err := backup.Run(t.Context(), cfg)
-	if cancelled && err == nil {
+	if cancelled.Load() && err == nil {
 		t.Error("a cancelled job made a point")
 	}
-	t.Logf("cancelled: %v: %v", cancelled, err)
+	t.Logf("cancelled: %v: %v", cancelled.Load(), err)
 	r.clean(1)
 	r.run(chain.Inc)
 }

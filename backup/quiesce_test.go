@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,13 +19,13 @@ import (
 type scriptedAgent struct {
 	freeze, thaw func(context.Context) error
 	asked        bool
-	thaws        int
+	thaws        atomic.Int64
 }
 
 func (a *scriptedAgent) Freeze(ctx context.Context) (bool, error) { return a.asked, a.freeze(ctx) }
 
 func (a *scriptedAgent) Thaw(ctx context.Context) error {
-	a.thaws++
+	a.thaws.Add(1)
 	if a.thaw == nil {
 		return nil
 	}
@@ -70,8 +71,8 @@ func TestFreezeGoesWrong(t *testing.T) {
 		if text := strings.Join(result.Warnings, "; "); (text == "") != (test.warning == "") || !strings.Contains(text, test.warning) {
 			t.Errorf("%s: warnings %q", test.what, result.Warnings)
 		}
-		if (test.agent.thaws > 0) != test.thaws {
-			t.Errorf("%s: %d thaws", test.what, test.agent.thaws)
+		if (test.agent.thaws.Load() > 0) != test.thaws {
+			t.Errorf("%s: %d thaws", test.what, test.agent.thaws.Load())
 		}
 		r.check(result.Point, r.ledger.Now(), r.ledger.Now())
 		r.clean(1)
@@ -81,7 +82,7 @@ func TestFreezeGoesWrong(t *testing.T) {
 	r.vm.Execute("stop", nil, nil)
 	agent := &scriptedAgent{freeze: bad, asked: true}
 	result, err := r.runWith(func(c *backup.Config) { c.Agent = agent })
-	if err != nil || result.Point.Consistency != chain.Instant || agent.thaws != 0 || len(result.Warnings) != 1 {
+	if err != nil || result.Point.Consistency != chain.Instant || agent.thaws.Load() != 0 || len(result.Warnings) != 1 {
 		t.Errorf("paused: %+v, %v", result, err)
 	}
 	r.clean(1)
@@ -96,24 +97,24 @@ func TestThawAfterFailure(t *testing.T) {
 	agent := &scriptedAgent{asked: true, freeze: func(context.Context) error { interrupt(); return nil }}
 	cfg := r.config(backup.Auto)
 	cfg.Agent, cfg.FreezeLimit = agent, time.Second
-	if _, err := backup.Run(ctx, cfg); !errors.Is(err, context.Canceled) || agent.thaws == 0 {
-		t.Errorf("interrupted: %v, %d thaws", err, agent.thaws)
+	if _, err := backup.Run(ctx, cfg); !errors.Is(err, context.Canceled) || agent.thaws.Load() == 0 {
+		t.Errorf("interrupted: %v, %d thaws", err, agent.thaws.Load())
 	}
 	r.clean(1)
 
 	agent = &scriptedAgent{asked: true, freeze: func(context.Context) error { return nil }}
 	cfg.Agent = agent
-	var proxy *qmptest.Proxy
-	proxy = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
+	var proxy atomic.Pointer[qmptest.Proxy]
+	proxy.Store(qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 		After: func(_ int, cmd qmptest.CommandSeen, _ json.RawMessage) {
-			if cmd.Name == "blockdev-reopen" && agent.thaws == 0 {
-				proxy.Drop()
+			if cmd.Name == "blockdev-reopen" && agent.thaws.Load() == 0 {
+				proxy.Load().Drop()
 			}
 		},
-	})
-	cfg.Addr = proxy.Addr()
-	if _, err := backup.Run(t.Context(), cfg); err == nil || agent.thaws == 0 {
-		t.Errorf("connection lost: %v, %d thaws", err, agent.thaws)
+	}))
+	cfg.Addr = proxy.Load().Addr()
+	if _, err := backup.Run(t.Context(), cfg); err == nil || agent.thaws.Load() == 0 {
+		t.Errorf("connection lost: %v, %d thaws", err, agent.thaws.Load())
 	}
 	r.clean(1)
 	r.run(chain.Inc)
@@ -147,8 +148,8 @@ func TestRecoveryReleasesTheGuest(t *testing.T) {
 	}
 	agent := &scriptedAgent{freeze: func(context.Context) error { return nil }, asked: true}
 	result, err := r.runWith(func(c *backup.Config) { c.Agent = agent })
-	if err != nil || agent.thaws != 2 || result.Point.Level() != chain.Inc {
-		t.Errorf("frozen: %+v, %v, %d thaws", result, err, agent.thaws)
+	if err != nil || agent.thaws.Load() != 2 || result.Point.Level() != chain.Inc {
+		t.Errorf("frozen: %+v, %v, %d thaws", result, err, agent.thaws.Load())
 	}
 	r.clean(1)
 }
@@ -160,13 +161,12 @@ func TestPause(t *testing.T) {
 		r.run(chain.Full)
 		pause := func(c *backup.Config) { c.Pause = true }
 		at := func(command string, do string) func(*backup.Config) {
-			done := false
+			var done atomic.Bool
 			return func(c *backup.Config) {
 				pause(c)
 				c.Addr = qmptest.NewProxy(t, r.vm.Socket, qmptest.Hooks{
 					Before: func(_ int, cmds []qmptest.CommandSeen) qmptest.Verdict {
-						if cmds[0].Name == command && !done {
-							done = true
+						if cmds[0].Name == command && done.CompareAndSwap(false, true) {
 							r.vm.Execute(do, nil, nil)
 						}
 						return qmptest.Verdict{}

@@ -166,7 +166,8 @@ func (x *node) Setattr(context.Context, fs.FileHandle, *fuse.SetAttrIn, *fuse.At
 }
 
 func (x *node) Setxattr(context.Context, string, []byte, uint32) syscall.Errno { return syscall.EROFS }
-func (x *node) Removexattr(context.Context, string) syscall.Errno              { return syscall.EROFS }
+
+func (x *node) Removexattr(context.Context, string) syscall.Errno { return syscall.EROFS }
 
 func timeout(n tree.Node) time.Duration {
 	if n.Kind == tree.Disk {

@@ -263,7 +263,7 @@ func (x *torture) faultyRun() {
 
 	before, from := x.points(), x.ledger.Now()
 	var process atomic.Pointer[os.Process]
-	var proxy *qmptest.Proxy
+	var proxy atomic.Pointer[qmptest.Proxy]
 	kill := func() { process.Load().Kill() } //nolint:errcheck // it may have ended
 	var died atomic.Bool
 	dead := make(chan struct{}) // closed when QEMU has ended
@@ -305,7 +305,7 @@ func (x *torture) faultyRun() {
 			switch {
 			case died.Load():
 			case fault == "connection lost after" && n == at:
-				proxy.Drop()
+				proxy.Load().Drop()
 			case cmd.Name == "blockdev-reopen":
 				x.write(10)
 				if fault == "fleece full" {
@@ -316,8 +316,8 @@ func (x *torture) faultyRun() {
 			}
 		},
 	}
-	proxy = qmptest.NewProxy(x.t, x.vm.Socket, hooks)
-	args := append(x.args(proxy.Addr()), "--level", level)
+	proxy.Store(qmptest.NewProxy(x.t, x.vm.Socket, hooks))
+	args := append(x.args(proxy.Load().Addr()), "--level", level)
 	killStep := 0
 	switch fault {
 	case "fleece full":
