@@ -18,13 +18,13 @@ func (c Copying) image() repo.ImageOptions {
 }
 
 // file are the options of the node that writes an image's file.
-func (c Copying) file(path string) map[string]any {
-	options := map[string]any{"driver": "file", "filename": path, "discard": "unmap"}
+func (c Copying) file(name, path string) map[string]any {
+	options := map[string]any{
+		"driver": "file", "node-name": name, "filename": path, "discard": "unmap",
+		"cache": map[string]any{"direct": c.Direct, "no-flush": true},
+	}
 	if c.AIO != "" {
 		options["aio"] = c.AIO
-	}
-	if c.Direct {
-		options["cache"] = map[string]any{"direct": true}
 	}
 	return options
 }

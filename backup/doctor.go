@@ -29,7 +29,10 @@ const imageLimit = 5 * time.Minute
 // Doctor looks for all that crashes leave. With fix it puts right what can be put right, as the next run would, and also takes
 // away bitmaps of this repository that no run could use, and what it returns is what is left then. Config.Addr may be empty:
 // then only the repository, the fleece folder and the images of stopped guests are looked at.
-func Doctor(ctx context.Context, cfg Config, images []string, fix bool) ([]Finding, error) {
+//
+// BreakLock names the lock of a run whose owner can't be judged from here, such as one of another host: the caller knows that
+// it is dead.
+func Doctor(ctx context.Context, cfg Config, images []string, fix bool, breakLock string) ([]Finding, error) {
 	s := &session{cfg: cfg, log: cfg.Log, result: &Result{}}
 	var err error
 	if s.repo, err = cfg.Repo(); err != nil {
@@ -45,6 +48,14 @@ func Doctor(ctx context.Context, cfg Config, images []string, fix bool) ([]Findi
 		}
 		s.qmp = client
 		defer func() { _ = s.qmp.Close() }()
+	}
+	if breakLock != "" {
+		if _, ok := lockOwner(breakLock); !ok || s.qmp == nil {
+			return nil, fmt.Errorf("%q is no lock of a running guest: %w", breakLock, ErrNotFound)
+		}
+		if err := s.qmp.ObjectDel(ctx, breakLock); err != nil {
+			return nil, fmt.Errorf("guest %s: break the lock: %w", cfg.Guest, err)
+		}
 	}
 	if fix {
 		if err := s.fix(ctx, images); err != nil {
@@ -179,7 +190,7 @@ func (v *view) findings(objects []string, repo string, points chain.Points, part
 		switch o, ok := lockOwner(id); {
 		case ok && !o.dead():
 			// A run is under way: all that is there belongs to it.
-			return []Finding{{"guest", "a run is under way (object " + id + ")", false}}
+			return []Finding{{"guest", "a run is under way: " + describeOwner(id), false}}
 		case ok:
 			add("lock of a run that did not end: object %s", id)
 		case id == frozenMark:

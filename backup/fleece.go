@@ -89,14 +89,17 @@ func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
 	if err := s.repo.FS.Step("create", path); err != nil {
 		return err
 	}
+	// It must not exist, and nobody else may ever read what the guest had there: qemu-img's own file mode is too open.
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
+	}
+	_ = f.Close()
 	defer os.Remove(path)
 	if _, err := child.Run(ctx, time.Minute, s.repo.QemuImg, "create", "-q", "-f", "qcow2", path, fmt.Sprint(d.Size)); err != nil {
 		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return fmt.Errorf("disk %s: %w", d.Name, err)
-	}
-	file := map[string]any{"driver": "file", "filename": path, "discard": "unmap"}
+	file := map[string]any{"driver": "file", "filename": path, "discard": "unmap", "cache": map[string]any{"no-flush": true}}
 	if limit := s.cfg.Fleecing.Limit; limit > 0 {
 		// A window on a file of that size, as if it were a block device: what does not fit fails.
 		if err := os.Truncate(path, limit); err != nil {

@@ -9,8 +9,7 @@ import (
 )
 
 // servedByIOThread reports whether an iothread serves a device's disk. QMP shows it nowhere but in the properties of the
-// device itself (virtio-blk) or of the controller that it sits on (virtio-scsi). Where there are iothreads and it can't
-// be told, the answer is yes: that is the safe side.
+// device itself (virtio-blk) or of the controller that it sits on (virtio-scsi); no other kind of device has the property.
 func servedByIOThread(ctx context.Context, c *qmp.Client, device string) (bool, error) {
 	var threads []struct{}
 	if err := c.Execute(ctx, "query-iothreads", nil, &threads); err != nil || len(threads) == 0 {
@@ -38,7 +37,7 @@ func servedByIOThread(ctx context.Context, c *qmp.Client, device string) (bool, 
 			return false, err
 		}
 	}
-	return true, nil
+	return false, nil
 }
 
 func qomGet(ctx context.Context, c *qmp.Client, path, property string) (string, error) {

@@ -18,6 +18,7 @@ const (
 	snapshotPrefix = "qmchain-snap"
 	fleecePrefix   = "qmchain-fleece"
 	targetPrefix   = "qmchain-tgt"
+	fileSuffix     = "-file" // of the node below an image's
 )
 
 // view is what one look at a guest has shown.
@@ -26,8 +27,10 @@ type view struct {
 	status  string
 	guest   chain.GuestIdentity // without the name that the user gave it
 	devices []qmp.BlockInfo
-	nodes   map[string]*node
-	jobs    []qmp.Job
+	// passthrough tells the devices that hand the guest's SCSI commands to the host's device: QEMU does not see what they write.
+	passthrough map[string]bool
+	nodes       map[string]*node
+	jobs        []qmp.Job
 	// images are the disks of a stopped guest, in the order of their nodes imageNode(0), imageNode(1), …
 	images []OfflineImage
 }
@@ -70,8 +73,21 @@ func look(ctx context.Context, c *qmp.Client) (*view, error) {
 	if v.guest, err = lookIdentity(ctx, c); err != nil {
 		return nil, err
 	}
-	v.devices, err = c.QueryBlock(ctx)
-	return v, err
+	if v.devices, err = c.QueryBlock(ctx); err != nil {
+		return nil, err
+	}
+	v.passthrough = make(map[string]bool)
+	for _, dev := range v.devices {
+		if dev.Inserted == nil || dev.QDev == "" {
+			continue
+		}
+		kind, err := qomGet(ctx, c, qomPath(dev.QDev), "type")
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", dev.QDev, err)
+		}
+		v.passthrough[dev.QDev] = kind == "scsi-block" || kind == "scsi-generic"
+	}
+	return v, nil
 }
 
 // lookBlock looks at the block layer, which qemu-storage-daemon has as well.
@@ -139,13 +155,15 @@ type Disk struct {
 	// Left says why the disk can't or shall not be backed up; empty: it can.
 	Left string `json:"left_out,omitempty"`
 
-	device    string // absolute QOM path of the frontend, whose "drive" property names the top node
-	top       string // the node that the device uses
-	below     string // the node that the copy-before-write filter goes onto
-	format    string // the node of the guest's image, which has the bitmaps
-	bitmaps   []qmp.DirtyBitmap
-	allocated int64  // bytes that the guest's image takes in its storage
-	compat    string // of a qcow2 image: "0.10" can't store bitmaps
+	device      string // absolute QOM path of the frontend, whose "drive" property names the top node
+	top         string // the node that the device uses
+	below       string // the node that the copy-before-write filter goes onto
+	format      string // the node of the guest's image, which has the bitmaps
+	bitmaps     []qmp.DirtyBitmap
+	allocated   int64  // bytes that the guest's image takes in its storage
+	compat      string // of a qcow2 image: "0.10" can't store bitmaps
+	unsupported bool   // Left says something that the user may not expect
+	busy        error  // why it can't be backed up now
 	// switchable is set where the top node is a throttle filter of the guest's own, which blockdev-reopen can switch.
 	switchable bool
 }
@@ -172,8 +190,8 @@ func (v *view) disks() ([]Disk, error) {
 		if err != nil {
 			return nil, err
 		}
-		if other, ok := names[d.Name]; ok {
-			return nil, fmt.Errorf("two disks of the guest are called %q: %s and %s", d.Name, other, d.File)
+		if other, ok := names[d.Name]; ok && d.Left == "" {
+			d.busy = fmt.Errorf("two disks of the guest have this name: %s and %s", other, d.File)
 		}
 		names[d.Name] = d.File
 		disks = append(disks, d)
@@ -191,7 +209,7 @@ func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
 		device: qomPath(dev.QDev), top: top.name, below: top.name,
 	}
 	image := top
-	for filters[image.driver] {
+	for filters[image.driver] || strings.HasPrefix(image.name, ourPrefix) {
 		next := v.nodes[image.children["file"]]
 		if next == nil {
 			return Disk{}, fmt.Errorf("disk %s: nothing below the filter %q", d.Name, image.name)
@@ -205,27 +223,58 @@ func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
 		d.switchable = true
 		d.below = top.children["file"]
 	}
+	if protocols[d.Driver] {
+		d.Driver = "raw" // without a raw node on top of it
+	}
 	switch err := chain.CheckDiskName(d.Name); {
 	case err != nil:
-		d.Left = fmt.Sprintf("no usable name (%v): give the device an id", err)
+		d.leave("no usable name (%v): give the device an id", err)
 	case dev.Removable:
 		d.Left = "removable medium"
 	case dev.Inserted.ReadOnly:
 		d.Left = "read-only"
-	case dev.Inserted.Encrypted:
-		d.Left = "encrypted by QEMU"
-	case strings.HasPrefix(top.name, ourPrefix):
-		return Disk{}, fmt.Errorf("disk %s: filter %s of an earlier run is still on it", d.Name, top.name)
-	case image.driver == "copy-before-write" || image.driver == "backup-top":
-		return Disk{}, fmt.Errorf("disk %s: another backup is under way (filter %s on it): %w", d.Name, image.name, ErrBusy)
-	case image.driver != "qcow2" && image.driver != "raw":
-		d.Left = "format " + image.driver + " is not supported"
-	case image.size != d.Size:
-		return Disk{}, fmt.Errorf("disk %s: the guest sees %d bytes, its image %s has %d", d.Name, d.Size, image.name, image.size)
 	case d.device == "":
 		d.Left = "no device uses it"
+	case v.passthrough[dev.QDev]:
+		d.leave("its device passes the guest's SCSI commands through, which neither bitmaps nor filters see")
+	case dev.Inserted.Encrypted:
+		d.leave("encrypted by QEMU")
+	case image.driver == "copy-before-write" || image.driver == "backup-top" || strings.HasSuffix(image.driver, "_top"):
+		d.busy = fmt.Errorf("another job is under way (filter %s on it): %w", image.name, ErrBusy)
+	case d.Driver != "qcow2" && d.Driver != "raw":
+		d.leave("format %s is not supported", image.driver)
+	case d.Size == 0:
+		d.leave("it has no bytes")
+	case image.size != d.Size:
+		d.busy = fmt.Errorf("the guest sees %d bytes, its image %s has %d", d.Size, image.name, image.size)
+	case strings.HasPrefix(top.name, ourPrefix):
+		d.busy = fmt.Errorf("filter %s of an earlier run is still on it; does another job use it? %w", top.name, ErrBusy)
+	default:
+		d.busy = top.checkUsers()
 	}
 	return d, nil
+}
+
+// leave says why a disk can't be backed up though the user may expect it.
+func (d *Disk) leave(format string, args ...any) {
+	d.Left, d.unsupported = fmt.Sprintf(format, args...), true
+}
+
+// protocols are the drivers that a disk's bytes can be read from without a format.
+var protocols = map[string]bool{
+	"file": true, "host_device": true, "rbd": true, "nbd": true, "iscsi": true, "nvme": true, "blkio": true, "io_uring": true,
+}
+
+// checkUsers makes sure that a disk's top node has no users but its device and nodes of ours. Block jobs put filters on top of
+// a node that query-block does not show; a qom-set would then take the job's filter out of the guest's way, and with it the
+// guest's writes out of the job's sight.
+func (n *node) checkUsers() error {
+	for _, p := range n.parents {
+		if p.kind == graphNode && !strings.HasPrefix(p.name, ourPrefix) {
+			return fmt.Errorf("another job is under way (%s uses its node %s): %w", p.name, n.name, ErrBusy)
+		}
+	}
+	return nil
 }
 
 // diskName is the drive's id without "drive-", else the device's id, else the node's name. Names that QEMU has made up

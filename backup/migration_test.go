@@ -45,6 +45,15 @@ func TestMigration(t *testing.T) {
 // migrate moves the guest to a new QEMU process.
 func (r *rig) migrate() {
 	r.t.Helper()
+	target := r.startTarget()
+	r.vm.Quit()
+	r.vm = target
+	r.ledger.Follow(target)
+}
+
+// startTarget migrates the guest to a new QEMU process, and leaves the old one, which has no guest any more, as it is.
+func (r *rig) startTarget() *testenv.VM {
+	r.t.Helper()
 	cfg := r.vm.Config()
 	for i := range cfg.Disks {
 		cfg.Disks[i] = r.vm.Disk(cfg.Disks[i].ID)
@@ -60,13 +69,10 @@ func (r *rig) migrate() {
 		}
 		r.vm.Execute("query-migrate", nil, &status)
 		if status.Status == "completed" && target.Status() == "running" {
-			break
+			return target
 		}
 		if status.Status == "failed" || time.Now().After(deadline) {
 			r.t.Fatalf("migration: %+v; the target is %s", status, target.Status())
 		}
 	}
-	r.vm.Quit()
-	r.vm = target
-	r.ledger.Follow(target)
 }

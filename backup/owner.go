@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"qmchain/qmp"
@@ -58,15 +59,21 @@ func here() (boot, ns string, err error) {
 }
 
 // startTime is the 22nd field of /proc/PID/stat. The second one, the program's name, can hold blanks and brackets, so
-// counting begins behind its last bracket.
+// counting begins behind its last bracket. A process that has ended, and that nobody has waited for yet, does not exist.
 func startTime(pid int) (string, error) {
 	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if errors.Is(err, os.ErrNotExist) && errors.Is(syscall.Kill(pid, 0), syscall.EPERM) {
+		return "", fmt.Errorf("process %d is hidden: %w", pid, os.ErrPermission)
+	}
 	if err != nil {
 		return "", err
 	}
 	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 	if len(fields) < 20 {
 		return "", fmt.Errorf("unexpected /proc/%d/stat", pid)
+	}
+	if fields[0] == "Z" || fields[0] == "X" {
+		return "", fmt.Errorf("process %d has ended: %w", pid, os.ErrNotExist)
 	}
 	return fields[19], nil
 }
@@ -136,7 +143,7 @@ func (l *guestLock) take(ctx context.Context, c *qmp.Client, wait time.Duration)
 		}
 		pause := 150*time.Millisecond + time.Duration(os.Getpid()%100)*time.Millisecond
 		if time.Now().Add(pause).After(deadline) {
-			return fmt.Errorf("another run is under way on this guest (object %s): %w", holder, ErrBusy)
+			return fmt.Errorf("another run is under way on this guest: %s: %w", describeOwner(holder), ErrBusy)
 		}
 		select {
 		case <-ctx.Done():
@@ -161,6 +168,16 @@ func (l *guestLock) release(ctx context.Context, c *qmp.Client) error {
 		}
 	}
 	return nil
+}
+
+// describeOwner says for people who holds a lock object.
+func describeOwner(object string) string {
+	o, _ := lockOwner(object)
+	parts := strings.Split(string(o), "-")
+	if boot, _, err := here(); err == nil && parts[0] == boot {
+		return fmt.Sprintf("process %s (lock %s)", parts[2], object)
+	}
+	return fmt.Sprintf("process %s of another host or boot (lock %s)", parts[2], object)
 }
 
 // otherOwners returns one lock object of somebody alive, or "", and those of the dead.

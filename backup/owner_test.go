@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestOwner(t *testing.T) {
@@ -49,6 +50,17 @@ func TestOwner(t *testing.T) {
 			t.Errorf("%s: dead is %v", what, !test.dead)
 		}
 	}
+	zombie := exec.Command("true")
+	if err := zombie.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); !with(pidField, strconv.Itoa(zombie.Process.Pid)).dead(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Error("a process that has ended, and that nobody has waited for, is taken for alive")
+			break
+		}
+	}
+	_ = zombie.Wait()
 	for _, id := range []string{"", "qmchain-run-", "qmchain-run-x", "throttle-drive-scsi0", lockPrefix + string(me) + "0g"} {
 		if _, ok := lockOwner(id); ok {
 			t.Errorf("%q was taken for a lock", id)

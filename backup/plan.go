@@ -99,7 +99,13 @@ func (p planner) plan(id chain.ID, disks []Disk, req Request) (*Plan, error) {
 			plan.Left = append(plan.Left, d)
 			continue
 		}
-		pd, err := p.disk(id, d).atLevel(req, p)
+		if d.busy != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.Name, d.busy)
+		}
+		pd, err := p.disk(id, d)
+		if err == nil {
+			pd, err = pd.atLevel(req, p)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
 		}
@@ -164,7 +170,7 @@ func (pd PlannedDisk) atLevel(req Request, p planner) (PlannedDisk, error) {
 }
 
 // disk plans one disk for the level Auto.
-func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
+func (p planner) disk(id chain.ID, d Disk) (PlannedDisk, error) {
 	pd := PlannedDisk{Disk: d, Kind: chain.KindMemory, Estimate: d.allocated}
 	pd.New = chain.BitmapName{Repo: p.repo, Point: id, Disk: d.Name}.String()
 	if d.Driver == "qcow2" && d.compat != "0.10" {
@@ -200,11 +206,11 @@ func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
 	if len(parents) == 0 {
 		switch {
 		case len(reasons) > 0:
-			return pd.unplanned(strings.Join(reasons, "; "))
+			return pd.unplanned(strings.Join(reasons, "; ")), nil
 		case p.known(d.Name):
-			return pd.unplanned("no bitmap records on it since its last point")
+			return pd.unplanned("no bitmap records on it since its last point"), nil
 		default:
-			return pd.full("first point of this disk")
+			return pd.full("first point of this disk"), nil
 		}
 	}
 
@@ -220,17 +226,23 @@ func (p planner) disk(id chain.ID, d Disk) PlannedDisk {
 	}
 	switch {
 	case was.UUID != p.guest.UUID:
-		return pd.unplanned("its last point is another guest's")
+		return pd.unplanned("its last point is another guest's"), nil
 	case was.VMGenID != p.guest.VMGenID:
-		return pd.unplanned("the guest was rolled back, restored or copied since its last point (its vmgenid is another one)")
+		return pd.unplanned("the guest was rolled back, restored or copied since its last point (its vmgenid is another one)"), nil
 	case d.Size < parent.Disk.VirtualSize:
-		return pd.unplanned(fmt.Sprintf("it has shrunk since its last point, from %d to %d bytes", parent.Disk.VirtualSize, d.Size))
+		return pd.unplanned(fmt.Sprintf("it has shrunk since its last point, from %d to %d bytes", parent.Disk.VirtualSize, d.Size)), nil
+	case d.Size > parent.Disk.VirtualSize && d.Driver != "qcow2":
+		// A volume that grows can have old data in its new part, which no bitmap has marked.
+		return pd.unplanned(fmt.Sprintf("it has grown since its last point, from %d to %d bytes, and is not qcow2", parent.Disk.VirtualSize, d.Size)), nil
 	}
-	if err := p.sound(*parent); err != nil {
-		return pd.unplanned(fmt.Sprintf("its chain can't be built on: %v", err))
+	switch err := p.sound(*parent); {
+	case errors.Is(err, chain.ErrDamaged):
+		return pd.unplanned(fmt.Sprintf("its chain can't be built on: %v", err)), nil
+	case err != nil:
+		return pd, err // a share that hiccups is no reason for a new chain
 	}
 	pd.Level, pd.Parent, pd.Old, pd.Estimate = chain.Inc, parent, newest.bitmap, newest.count
-	return pd
+	return pd, nil
 }
 
 // candidate is a bitmap that records from an image of the repository.

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +116,11 @@ func TestPlan(t *testing.T) {
 			disk: with(testDisk("scsi0", recording(id1, "scsi0")), func(d *Disk) { d.Size = 1 << 21 }), level: chain.Inc, parent: id1,
 		},
 		{
+			what: "a raw volume that has grown", points: chain.Points{p1},
+			disk:  with(testDisk("scsi0", recording(id1, "scsi0")), func(d *Disk) { d.Size, d.Driver = 1<<21, "raw" }),
+			level: chain.Full, unplanned: true, reason: "grown",
+		},
+		{
 			what: "rolled back", points: chain.Points{p1}, disk: testDisk("scsi0", recording(id1, "scsi0")),
 			guest: chain.GuestIdentity{UUID: "u", VMGenID: "another"}, level: chain.Full, unplanned: true, reason: "vmgenid",
 		},
@@ -135,9 +141,9 @@ func TestPlan(t *testing.T) {
 			if test.guest == (chain.GuestIdentity{}) {
 				test.guest = guest
 			}
-			p := planner{repo: repoID, points: test.points, guest: test.guest, sound: func(chain.Layer) error {
+			p := planner{repo: repoID, memory: true, points: test.points, guest: test.guest, sound: func(chain.Layer) error {
 				if test.unsound {
-					return errors.New("made-up damage")
+					return fmt.Errorf("%w: made-up damage", chain.ErrDamaged)
 				}
 				return nil
 			}}
@@ -349,5 +355,15 @@ func TestRotation(t *testing.T) {
 		if _, err := ParseRotation(bad); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
+	}
+}
+
+// A chain that can't be read just now is neither built on nor given up.
+func TestPlanWithAShareThatHiccups(t *testing.T) {
+	p1 := testPoint(id1, testImage("scsi0", nil, ""))
+	hiccup := errors.New("stale file handle")
+	p := planner{repo: repoID, points: chain.Points{p1}, guest: p1.Guest, sound: func(chain.Layer) error { return hiccup }}
+	if plan, err := p.plan(idNew, []Disk{testDisk("scsi0", recording(id1, "scsi0"))}, Request{Level: Auto}); !errors.Is(err, hiccup) {
+		t.Errorf("%+v, %v", plan, err)
 	}
 }

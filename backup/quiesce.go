@@ -144,6 +144,14 @@ func (s *session) thaw(ctx context.Context, needed bool) error {
 // at it, in one write: a guest that did not run is neither stopped nor resumed, and if somebody resumes it meanwhile the
 // instant is spoilt, which is an error.
 func (s *session) whilePaused(ctx context.Context, f func() error) error {
+	now, err := s.qmp.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	if !now.Running {
+		s.log.Infof("the guest is %s: it needs no pause", now.Status)
+		return f()
+	}
 	events := s.qmp.Subscribe()
 	defer events.Close()
 	replies, err := s.qmp.Batch(ctx,

@@ -32,6 +32,8 @@ func (s *session) clean(ctx context.Context) (*view, error) {
 	return v, errors.Join(releaseErr, err)
 }
 
+// cleanNodes takes all nodes and jobs of ours out of the guest. Where another job uses a filter of ours, that filter stays on
+// top of its disk, with a warning: it passes everything through and does no harm; all that is below it goes.
 func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 	if err := s.cancelJobs(ctx); err != nil {
 		return nil, err
@@ -40,9 +42,9 @@ func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
-	steps, err := teardown(v)
-	if err != nil {
-		return nil, err
+	steps, stays := teardown(v)
+	for _, text := range stays {
+		s.warnf("%s", text)
 	}
 	if len(steps) == 0 {
 		return v, nil
@@ -56,7 +58,7 @@ func (s *session) cleanNodes(ctx context.Context) (*view, error) {
 		return nil, err
 	}
 	for name := range v.nodes {
-		if strings.HasPrefix(name, ourPrefix) {
+		if strings.HasPrefix(name, ourPrefix) && !strings.HasPrefix(name, topPrefix) {
 			return nil, fmt.Errorf("node %s is still in the guest: %w", name, ErrNeedsDoctor)
 		}
 	}
@@ -94,19 +96,24 @@ func (s *session) cancelJobs(ctx context.Context) error {
 }
 
 // teardown returns the steps that take our nodes out of the guest, in an order in which each is allowed and the guest's
-// own requests always have a way. A use of our nodes that a run of ours does not make is an error.
-func teardown(v *view) ([]step, error) {
+// own requests always have a way. A node of ours that somebody else has come to use stays, with all that it needs; stays says
+// which and why.
+func teardown(v *view) (steps []step, stays []string) {
 	nodes := make(map[string][]*node)
 	for _, prefix := range []string{snapshotPrefix, cbwPrefix, topPrefix, fleecePrefix, targetPrefix} {
 		for name, n := range v.nodes {
-			if strings.HasPrefix(name, prefix) {
+			if strings.HasPrefix(name, prefix) && !strings.HasSuffix(name, fileSuffix) {
 				nodes[prefix] = append(nodes[prefix], n)
 			}
 		}
 		slices.SortFunc(nodes[prefix], func(a, b *node) int { return strings.Compare(a.name, b.name) })
 	}
+	kept := make(map[string]bool)
+	keep := func(n *node, p parent) {
+		kept[n.name] = true
+		stays = append(stays, fmt.Sprintf("node %s stays in the guest, as %s %q uses it", n.name, p.kind, p.name))
+	}
 
-	var steps []step
 	for _, n := range nodes[snapshotPrefix] {
 		steps = append(steps, del(n.name))
 	}
@@ -115,25 +122,25 @@ func teardown(v *view) ([]step, error) {
 	var reopen []map[string]any
 	for _, cbw := range nodes[cbwPrefix] {
 		for _, p := range cbw.parents {
-			user := v.nodes[p.name]
-			switch {
-			case p.kind == graphNode && strings.HasPrefix(p.name, snapshotPrefix):
-			case p.kind == graphNode && user != nil:
-				options, err := reopenOnto(user, cbw.children["file"])
-				if err != nil {
-					return nil, err
-				}
-				reopen = append(reopen, options)
-			default:
-				return nil, fmt.Errorf("filter %s is used by %s %q: %w", cbw.name, p.kind, p.name, ErrNeedsDoctor)
+			if p.kind == graphNode && strings.HasPrefix(p.name, snapshotPrefix) {
+				continue
 			}
+			options, err := reopenOnto(v.nodes[p.name], cbw.children["file"])
+			if p.kind != graphNode || err != nil {
+				keep(cbw, p)
+				kept[cbw.children["target"]] = true
+				continue
+			}
+			reopen = append(reopen, options)
 		}
 	}
 	if len(reopen) > 0 {
 		steps = append(steps, step{"blockdev-reopen", map[string]any{"options": reopen}})
 	}
 	for _, n := range nodes[cbwPrefix] {
-		steps = append(steps, del(n.name))
+		if !kept[n.name] {
+			steps = append(steps, del(n.name))
+		}
 	}
 
 	for _, top := range nodes[topPrefix] {
@@ -141,11 +148,16 @@ func teardown(v *view) ([]step, error) {
 		if file := v.nodes[back]; file != nil && strings.HasPrefix(back, cbwPrefix) {
 			back = file.children["file"] // as it is after the reopen
 		}
+		dev := v.deviceOn(top.name)
 		for _, p := range top.parents {
-			dev := v.deviceOn(top.name)
 			if p.kind != graphBackend || dev == nil {
-				return nil, fmt.Errorf("filter %s is used by %s %q: %w", top.name, p.kind, p.name, ErrNeedsDoctor)
+				keep(top, p)
 			}
+		}
+		if kept[top.name] {
+			continue
+		}
+		if len(top.parents) > 0 {
 			steps = append(steps, setDrive(qomPath(dev.QDev), back))
 		}
 		steps = append(steps, del(top.name))
@@ -153,10 +165,12 @@ func teardown(v *view) ([]step, error) {
 
 	for _, prefix := range []string{fleecePrefix, targetPrefix} {
 		for _, n := range nodes[prefix] {
-			steps = append(steps, del(n.name))
+			if !kept[n.name] {
+				steps = append(steps, del(n.name))
+			}
 		}
 	}
-	return steps, nil
+	return steps, stays
 }
 
 // deviceOn returns the device whose top node has that name, or nil.
@@ -177,6 +191,9 @@ func setDrive(device, node string) step {
 // as it is. blockdev-reopen resets what it is not given: detect-zeroes and cache can be asked for; discard can't, but that
 // is kept. Only two kinds of filters are ever switched: throttle filters of the guest's own, and those that addTop adds.
 func reopenOnto(n *node, file string) (map[string]any, error) {
+	if n == nil {
+		return nil, fmt.Errorf("filter %s has no node above it: %w", file, ErrNeedsDoctor)
+	}
 	if strings.HasPrefix(n.name, topPrefix) {
 		return topFilter(n.name, file), nil
 	}

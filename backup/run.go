@@ -34,10 +34,14 @@ type Progress interface {
 // Config is all that a run needs.
 type Config struct {
 	Request
-	Guest    string                     // the guest's name in the repository
-	Addr     string                     // of its QMP socket
-	Repo     func() (*repo.Repo, error) // opens the repository, or makes it; called when the guest has answered
-	LockWait time.Duration              // how long to wait for locks
+	Guest string                     // the guest's name in the repository
+	Addr  string                     // of its QMP socket
+	Repo  func() (*repo.Repo, error) // opens the repository; called when the guest has answered
+	// Create makes the repository where Repo says repo.ErrNotRepository; nil: it is not made. It is not called for a guest that
+	// another repository tracks, unless Init is set: then most likely a share is not mounted.
+	Create   func() (*repo.Repo, error)
+	Init     bool
+	LockWait time.Duration // how long to wait for locks
 
 	Offline  []OfflineImage // the disks of a stopped guest; Addr, Fleecing, Agent and Pause are then of no meaning
 	Fleecing Fleecing
@@ -139,8 +143,8 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 // twice calls f and, if it fails, once more, over a new connection where that is lost. If the guest has ended there is
 // nothing to do in it.
 func (s *session) twice(ctx context.Context, f func(context.Context) error) error {
-	err := f(ctx)
-	if err == nil {
+	firstErr := f(ctx)
+	if firstErr == nil {
 		return nil
 	}
 	switch err := s.reconnect(ctx); {
@@ -148,7 +152,7 @@ func (s *session) twice(ctx context.Context, f func(context.Context) error) erro
 		s.log.Warn("the guest has ended; the next run removes what this one has begun")
 		return nil
 	case err != nil:
-		return err
+		return errors.Join(firstErr, err)
 	}
 	return f(ctx)
 }
@@ -162,9 +166,31 @@ func (s *session) finish(ctx context.Context) error {
 	return errors.Join(s.dropBitmaps(ctx, v, s.points, nil), s.mutex.release(ctx, s.qmp))
 }
 
+// ErrElsewhere is wrapped where a repository would be made though the guest is tracked for another one.
+var ErrElsewhere = errors.New("the guest is tracked for another repository")
+
+// create makes the repository, unless the guest's bitmaps say that it has one elsewhere.
+func (s *session) create(ctx context.Context, notThere error) (*repo.Repo, error) {
+	v, err := s.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range v.nodes {
+		for _, b := range n.info.DirtyBitmaps {
+			if name, ok := chain.ParseBitmapName(b.Name); ok && !s.cfg.Init {
+				return nil, fmt.Errorf("%w; and none is made here: %w (%s…)", notThere, ErrElsewhere, name.Repo)
+			}
+		}
+	}
+	return s.cfg.Create()
+}
+
 // open reads the repository and takes the locks. It gives back the repository's when it fails.
 func (s *session) open(ctx context.Context) (err error) {
-	if s.repo, err = s.cfg.Repo(); err != nil {
+	if s.repo, err = s.cfg.Repo(); errors.Is(err, repo.ErrNotRepository) && s.cfg.Create != nil {
+		s.repo, err = s.create(ctx, err)
+	}
+	if err != nil {
 		return err
 	}
 	if s.guest, err = s.repo.Guest(s.cfg.Guest); err != nil {
@@ -196,12 +222,16 @@ func (s *session) run(ctx context.Context) error {
 		return nil
 	}
 	s.report()
+	if err := s.checkUnmoved(ctx); err != nil {
+		return err
+	}
 	if err := s.checkSupport(ctx, v); err != nil {
 		return err
 	}
 	if s.partial, err = s.guest.Begin(s.plan.ID); err != nil {
 		return err
 	}
+	defer s.partial.Close()
 	if err := s.addImages(ctx); err != nil {
 		return err
 	}
@@ -211,6 +241,12 @@ func (s *session) run(ctx context.Context) error {
 		err = s.copyFromFleece(ctx, v.version)
 	}
 	if err != nil {
+		return err
+	}
+	if err := s.settle(ctx); err != nil {
+		return err
+	}
+	if err := s.checkUnmoved(ctx); err != nil {
 		return err
 	}
 	if v, err = s.cleanNodes(ctx); err != nil {
@@ -246,6 +282,10 @@ func (s *session) recover(ctx context.Context) (*view, error) {
 	if err := s.readPoints(); err != nil {
 		return nil, err
 	}
+	// What lies there must be this guest's before anything of it is removed.
+	if err := (planner{points: s.points, guest: v.guest}).checkGuest(s.cfg.Request); err != nil {
+		return nil, err
+	}
 	if err := s.dropBitmaps(ctx, v, s.points, partials); err != nil {
 		return nil, err
 	}
@@ -264,6 +304,9 @@ func (s *session) readPoints() error {
 		return err
 	}
 	for _, p := range problems {
+		if !errors.Is(p.Err, chain.ErrDamaged) {
+			return p.Err // it may be sound, and needed: a share that hiccups is no reason for a new chain
+		}
 		s.log.Warnf("point left out: %v", p.Err)
 	}
 	s.points = points
@@ -380,6 +423,10 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 
 func (s *session) report() {
 	for _, d := range s.plan.Left {
+		if d.unsupported {
+			s.warnf("disk %s is left out: %s", d.Name, d.Left)
+			continue
+		}
 		s.log.Infof("disk %s is left out: %s", d.Name, d.Left)
 	}
 	for _, d := range s.plan.Disks {
@@ -395,6 +442,32 @@ func (s *session) report() {
 			s.log.Warnf("disk %s: bitmap %s belongs to no point of the repository; it is left alone", d.Name, b)
 		}
 	}
+}
+
+// checkUnmoved makes sure that no other QEMU process writes to the guest's disks: one that the guest was or is being migrated to.
+func (s *session) checkUnmoved(ctx context.Context) error {
+	if s.daemon != nil {
+		return nil
+	}
+	status, err := s.qmp.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	switch status.Status {
+	case "inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo":
+		return fmt.Errorf("the guest is being migrated, saved or restored (it is in the state %s): %w", status.Status, ErrBusy)
+	}
+	var migration struct {
+		Status string `json:"status"`
+	}
+	if err := s.qmp.Execute(ctx, "query-migrate", nil, &migration); err != nil {
+		return err
+	}
+	switch migration.Status {
+	case "", "none", "completed", "failed", "cancelled":
+		return nil
+	}
+	return fmt.Errorf("the guest is being migrated (%s): %w", migration.Status, ErrBusy)
 }
 
 // checkSupport refuses what this QEMU can't do without danger to the guest.
@@ -435,7 +508,7 @@ func (s *session) addImages(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		file := s.cfg.Copying.file(abs)
+		file := s.cfg.Copying.file(nodeName(targetPrefix, i)+fileSuffix, abs)
 		if err := s.addImage(ctx, nodeName(targetPrefix, i), file, d.Name); err != nil {
 			return fmt.Errorf("%w: can QEMU's user open %s?", err, abs)
 		}
@@ -445,11 +518,32 @@ func (s *session) addImages(ctx context.Context) error {
 
 // addImage has QEMU open a qcow2 image of ours, without its backing file: what is written to it is all of it that is read.
 func (s *session) addImage(ctx context.Context, name string, file map[string]any, disk string) error {
-	err := s.qmp.BlockdevAdd(ctx, map[string]any{
-		"driver": "qcow2", "node-name": name, "backing": nil, "discard": "unmap", "file": file,
-	})
-	if err != nil {
+	if err := s.qmp.BlockdevAdd(ctx, imageOptions(name, file, false)); err != nil {
 		return fmt.Errorf("disk %s: %w", disk, err)
+	}
+	return nil
+}
+
+// imageOptions are those of a qcow2 image of ours. QEMU never syncs it (no-flush): it would do so in its main loop when it
+// closes the image, and the guest would stand still until a slow target has swallowed all that the host has cached for it.
+// The sync that counts is ours, at the commit.
+func imageOptions(name string, file any, readOnly bool) map[string]any {
+	return map[string]any{
+		"driver": "qcow2", "node-name": name, "backing": nil, "discard": "unmap", "read-only": readOnly,
+		"cache": map[string]any{"no-flush": true}, "file": file,
+	}
+}
+
+// settle has QEMU write what it still keeps of the images' tables, and say whether it could. When it closes an image it does so
+// as well, but tells nobody of an error: a damaged image would be taken for a good one.
+func (s *session) settle(ctx context.Context) error {
+	var options []any
+	for i := range s.plan.Disks {
+		name := nodeName(targetPrefix, i)
+		options = append(options, imageOptions(name, name+fileSuffix, true))
+	}
+	if err := s.qmp.BlockdevReopen(ctx, options...); err != nil {
+		return fmt.Errorf("bring the images to their files: %w", err)
 	}
 	return nil
 }
@@ -568,6 +662,20 @@ func (s *session) await(ctx context.Context, i int, d PlannedDisk) error {
 
 // takeInstant puts the filters in and switches all disks at once.
 func (s *session) takeInstant(ctx context.Context) error {
+	// The plan is older than the making of the images: somebody may have begun something on a disk.
+	v, err := s.look(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range s.plan.Disks {
+		now := v.nodes[d.top]
+		if now == nil || v.deviceOn(d.top) == nil {
+			return fmt.Errorf("disk %s: its node %s is not on top of it any more: %w", d.Name, d.top, ErrBusy)
+		}
+		if err := now.checkUsers(); err != nil {
+			return fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+	}
 	for i, d := range s.plan.Disks {
 		if !d.switchable {
 			if err := s.addTop(ctx, i, d); err != nil {
@@ -585,8 +693,7 @@ func (s *session) takeInstant(ctx context.Context) error {
 	}
 
 	// The options of the guest's own filters are asked for again, as they are now.
-	v, err := s.look(ctx)
-	if err != nil {
+	if v, err = s.look(ctx); err != nil {
 		return err
 	}
 	var options []any
@@ -677,7 +784,11 @@ func (s *session) commit(ctx context.Context, v *view) error {
 		m.Disks[i] = disk
 	}
 	if err := s.partial.Commit(s.lock, s.tip, m); err != nil {
-		return err
+		// Only the sync after the rename can have failed if the point is in place; without it a power loss could undo it.
+		if !s.partial.Committed() || s.guest.Sync() != nil {
+			return err
+		}
+		s.warnf("the commit succeeded at the second try: %v", err)
 	}
 	s.points = append(s.points, m)
 	s.result.Point = m

@@ -36,11 +36,15 @@ type Partial struct {
 	UUID string
 	// Dir is its folder until the commit.
 	Dir string
+
+	// images are the images' files, open from their making to their sync: an error that the kernel meets when it writes back
+	// what QEMU has written is then told to us, whoever else is told.
+	images map[string]*os.File
 }
 
 // Begin makes the folder of a new point, and with it the point's uuid.
 func (g *Guest) Begin(id chain.ID) (*Partial, error) {
-	p := &Partial{guest: g, ID: id, UUID: NewUUID(), Dir: g.partialDir(id)}
+	p := &Partial{guest: g, ID: id, UUID: NewUUID(), Dir: g.partialDir(id), images: make(map[string]*os.File)}
 	if err := g.Repo.FS.Mkdir(p.Dir, dirMode); err != nil {
 		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
 	}
@@ -132,18 +136,28 @@ func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, pare
 	if err != nil {
 		return "", fmt.Errorf("disk %s: %w", disk, err)
 	}
-	defer f.Close()
+	p.images[disk] = f
 	if err := qcow2.SetIdentity(f, identity(chain.ImageRef{UUID: p.UUID, Disk: disk})); err != nil {
 		return "", fmt.Errorf("disk %s: %w", disk, err)
 	}
 	return path, nil
 }
 
+// Close closes the images' files. It can be called at any time after the last Finish.
+func (p *Partial) Close() {
+	for _, f := range p.images {
+		_ = f.Close()
+	}
+}
+
 // Finish brings the image of a disk to disk and writes its check sums. It returns the image's size in bytes.
 func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, error) {
 	path := filepath.Join(p.Dir, chain.ImageFile(disk))
 	fsys := p.guest.Repo.FS
-	if err := fsys.SyncFile(path); err != nil {
+	if err := fsys.Step("sync", path); err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
+	}
+	if err := p.images[disk].Sync(); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
 	text, size, err := computeSums(ctx, path)

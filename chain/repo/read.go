@@ -2,8 +2,11 @@ package repo
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
+	"syscall"
 
 	"qmchain/chain"
 	"qmchain/chain/image"
@@ -20,9 +23,20 @@ func (g *Guest) OpenDisk(pool *image.Pool, points chain.Points, point *chain.Man
 	}
 	img, err := pool.Open(point.Disk(disk).VirtualSize, layers...)
 	if err != nil {
-		return nil, fmt.Errorf("%s/%s: disk %s: %w: %w", g.Name, point.ID, disk, chain.ErrDamaged, err)
+		return nil, fmt.Errorf("%s/%s: disk %s: %w", g.Name, point.ID, disk, damage(err))
 	}
 	return img, nil
+}
+
+// damage wraps chain.ErrDamaged around the errors of reading a backup that say that it is not what it was. All others say
+// that it could not be read just now: a share that hiccups damages nothing.
+func damage(err error) error {
+	for _, e := range []error{fs.ErrNotExist, syscall.ELOOP, image.ErrChanged, image.ErrNotRegular, qcow2.ErrNotQcow2, qcow2.ErrCorrupt, qcow2.ErrUnsupported} {
+		if errors.Is(err, e) && !errors.Is(err, chain.ErrDamaged) {
+			return fmt.Errorf("%w: %w", chain.ErrDamaged, err)
+		}
+	}
+	return err
 }
 
 // layers are the image files of a disk, each with the check that it is the file that its manifest speaks of.

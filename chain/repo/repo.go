@@ -208,11 +208,8 @@ func (g *Guest) Tip() (chain.ID, error) {
 // Point reads one manifest. It must be where it says it belongs.
 func (g *Guest) Point(id chain.ID) (*chain.Manifest, error) {
 	text, err := readFile(filepath.Join(g.PointDir(id), chain.ManifestFile), chain.MaxManifest)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("%w: %w", chain.ErrDamaged, err)
-	}
 	if err != nil {
-		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, err)
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, damage(err))
 	}
 	m, err := chain.DecodeManifest(text)
 	if err != nil {
@@ -239,10 +236,10 @@ func readFile(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
+		return nil, fmt.Errorf("%w: %s is not a regular file", chain.ErrDamaged, path)
 	}
 	if info.Size() > limit {
-		return nil, fmt.Errorf("%s has %d bytes, more than the %d that it can have", path, info.Size(), limit)
+		return nil, fmt.Errorf("%w: %s has %d bytes, more than the %d that it can have", chain.ErrDamaged, path, info.Size(), limit)
 	}
 	text, err := io.ReadAll(io.LimitReader(f, limit))
 	if err != nil {

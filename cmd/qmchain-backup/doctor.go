@@ -23,6 +23,7 @@ type doctorCmd struct {
 	FleeceDir   string        `placeholder:"DIR" help:"The folder for fleece images, where it is not the default."`
 	LockWait    time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
 	Fix         bool          `help:"Put right what can be put right."`
+	BreakLock   string        `placeholder:"LOCK" help:"Take away this lock of a run that has certainly ended, on another host for one."`
 	JSON        bool          `name:"json" help:"Print one JSON document."`
 }
 
@@ -45,7 +46,7 @@ func (c *doctorCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if c.AgentSocket != "" {
 		cfg.Agent = backup.SocketAgent{Addr: c.AgentSocket}
 	}
-	findings, err := backup.Doctor(ctx, cfg, c.Offline, c.Fix)
+	findings, err := backup.Doctor(ctx, cfg, c.Offline, c.Fix, c.BreakLock)
 	if err != nil {
 		return err
 	}

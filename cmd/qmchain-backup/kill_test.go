@@ -314,3 +314,23 @@ func TestTermination(t *testing.T) {
 		}
 	})
 }
+
+// Who reads the log goes away: the run goes on.
+func TestLogReaderGoesAway(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, testenv.Host(t), testenv.Drive)
+	b.write(20)
+	b.point(chain.Full)
+	cmd, _ := b.command(0, b.args(b.vm.Socket)...)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = r.Close()
+	cmd.Stderr = w
+	if out, err := cmd.Output(); err != nil || !strings.HasPrefix(string(out), "web/") {
+		t.Errorf("%q, %v", out, err)
+	}
+	_ = w.Close()
+	b.after()
+}

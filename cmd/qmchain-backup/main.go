@@ -57,6 +57,7 @@ func explain(err error) error {
 		{qmp.ErrNotQMP, ui.ExitFailed, "--socket must name a QMP socket, made with -qmp or with -mon mode=control; QEMU's monitor for people and the guest agent's socket are not"},
 		{backup.ErrIOThread, ui.ExitFailed, "--no-fleece backs it up without a filter; a slow or failing repository then slows or fails the guest's own writes"},
 		{backup.ErrOtherGuest, ui.ExitFailed, "give this guest another --name, or take the folder over with --adopt, which begins new chains"},
+		{backup.ErrElsewhere, ui.ExitFailed, "is the share mounted? --init makes a second repository for this guest"},
 		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? A new repository needs an empty folder"},
 		{backup.ErrNotFound, ui.ExitNotFound, ""},
 		{syscall.ECONNREFUSED, ui.ExitNotFound, "nobody listens there: is the guest running?"},

@@ -71,6 +71,7 @@ type runCmd struct {
 	JSON        bool     `name:"json" help:"Print events, one JSON document a line, in place of the point's name."`
 	MetricsFile string   `placeholder:"FILE" help:"Write metrics to FILE for node_exporter's textfile collector."`
 	Offline     []string `placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times."`
+	Init        bool     `help:"Make a repository even if the guest is tracked for another one."`
 	DryRun      bool     `help:"Print what would be done, and do nothing."`
 }
 
@@ -120,12 +121,12 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	}
 	progress := newObserver(u, c.JSON)
 	cfg := backup.Config{
-		Request: req,
-		Guest:   c.Name,
-		Addr:    c.Socket,
-		Repo: func() (*repo.Repo, error) {
-			return repo.OpenOrCreate(c.Repo, fsys)
-		},
+		Request:     req,
+		Guest:       c.Name,
+		Addr:        c.Socket,
+		Repo:        func() (*repo.Repo, error) { return repo.Open(c.Repo, fsys) },
+		Create:      func() (*repo.Repo, error) { return repo.OpenOrCreate(c.Repo, fsys) },
+		Init:        c.Init,
 		Offline:     offline,
 		Fleecing:    fleecing,
 		Copying:     copying,

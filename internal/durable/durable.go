@@ -132,15 +132,6 @@ func (f FS) RemoveAll(path string) error {
 	return f.Remove(path)
 }
 
-// SyncFile syncs a file that somebody else has written, QEMU for one: the sync of any descriptor reaches all data
-// of the file.
-func (f FS) SyncFile(path string) error {
-	if err := f.Step("sync", path); err != nil {
-		return err
-	}
-	return syncPath(path)
-}
-
 // SyncDir syncs a folder: the names in it are then on disk.
 func (f FS) SyncDir(path string) error {
 	if err := f.Step("syncdir", path); err != nil {

@@ -19,9 +19,10 @@ import (
 // prints what `qemu-io` says on stdout, and the C library holds that back
 // where it is no terminal.
 type process struct {
-	cmd  *exec.Cmd
-	gone chan struct{} // closed when the process has ended and was waited for
-	err  error         // how it ended; to be read after gone
+	cmd     *exec.Cmd
+	gone    chan struct{} // closed when the process has ended and was waited for
+	err     error         // how it ended; to be read after gone
+	drained chan struct{} // closed when all that it printed is in output
 
 	mu     sync.Mutex
 	output bytes.Buffer
@@ -37,9 +38,10 @@ func startProcess(program string, args []string) (*process, error) {
 	}
 	defer func() { _ = slave.Close() }()
 	p := &process{
-		cmd:  exec.Command(program, args...),
-		gone: make(chan struct{}),
-		more: make(chan struct{}),
+		cmd:     exec.Command(program, args...),
+		gone:    make(chan struct{}),
+		drained: make(chan struct{}),
+		more:    make(chan struct{}),
 	}
 	p.cmd.Stdout, p.cmd.Stderr = slave, slave
 	// A process group of its own keeps a Ctrl-C at the terminal away from
@@ -67,6 +69,7 @@ func startProcess(program string, args []string) (*process, error) {
 }
 
 func (p *process) drain(master *os.File) {
+	defer close(p.drained)
 	defer func() { _ = master.Close() }()
 	buf := make([]byte, 16<<10)
 	for {
@@ -141,14 +144,18 @@ func (p *process) signal(sig syscall.Signal) error {
 	return err
 }
 
-// wait waits for the end of the process.
+// wait waits for the end of the process, and for its last words.
 func (p *process) wait(timeout time.Duration) error {
-	select {
-	case <-p.gone:
-		return nil
-	case <-time.After(timeout):
-		return fmt.Errorf("process %d is still there after %v", p.cmd.Process.Pid, timeout)
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	for _, c := range []chan struct{}{p.gone, p.drained} {
+		select {
+		case <-c:
+		case <-timer.C:
+			return fmt.Errorf("process %d, or one that it started, is still there after %v", p.cmd.Process.Pid, timeout)
+		}
 	}
+	return nil
 }
 
 // openTerminal returns both ends of a new pseudo terminal.

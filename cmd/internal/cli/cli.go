@@ -48,6 +48,9 @@ type Program struct {
 
 // Main runs the program with the process's own arguments and ends the process.
 func Main(p Program) {
+	// Who reads the log or the result may go away before the program is done: that must not kill it in the middle of things.
+	// A handler, in place of ignoring it, is not passed on to children.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	// The first signal begins an orderly end. After it the default is back: a second one ends the process at once.
 	context.AfterFunc(ctx, stop)
