@@ -454,8 +454,8 @@ func (s *session) checkUnmoved(ctx context.Context) error {
 		return err
 	}
 	switch status.Status {
-	case "inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo":
-		return fmt.Errorf("the guest is being migrated, saved or restored (it is in the state %s): %w", status.Status, ErrBusy)
+	case "inmigrate", "finish-migrate", "postmigrate", "colo":
+		return fmt.Errorf("the guest is being migrated (it is in the state %s): %w", status.Status, ErrBusy)
 	}
 	var migration struct {
 		Status string `json:"status"`
