@@ -93,6 +93,7 @@ func TestSomebodyStopsAndResumes(t *testing.T) {
 		r.write(40)
 		r.run(chain.Full)
 		for at := 1; ; at++ {
+			r.ledger.Forget()
 			r.write(3)
 			r.vm.Execute("cont", nil, nil)
 			paused := at%2 == 0
@@ -228,6 +229,7 @@ func (r *rig) atEveryCommand(fail func(cfg backup.Config, at int) bool) {
 		stride = 1
 	}
 	for at := 2; ; at += stride { // 1 is the handshake
+		r.ledger.Forget()
 		r.write(3)
 		reached := fail(r.config(backup.Auto), at)
 		if got := r.vm.Status(); got != "running" {

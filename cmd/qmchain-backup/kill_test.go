@@ -203,6 +203,7 @@ func TestKilledBeforeEveryCommand(t *testing.T) {
 		b.write(40)
 		b.point(chain.Full)
 		for at := 1; ; at++ {
+			b.ledger.Forget()
 			b.write(3)
 			started := make(chan *os.Process, 1)
 			proxy := qmptest.NewProxy(t, b.vm.Socket, qmptest.Hooks{
@@ -242,6 +243,7 @@ func TestKilledBeforeEveryFileSystemStep(t *testing.T) {
 	everywhere(t, func(t *testing.T, b *bench) {
 		b.write(40)
 		for at := 1; ; at++ {
+			b.ledger.Forget()
 			b.write(3)
 			cmd, stderr := b.command(at, b.args(b.vm.Socket)...)
 			killed := b.killed(cmd.Run(), stderr)

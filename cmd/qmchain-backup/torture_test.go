@@ -70,6 +70,7 @@ func TestTorture(t *testing.T) {
 					}
 				}()
 				for range *tortureRuns {
+					x.ledger.Forget()
 					x.write(x.rand.IntN(15))
 					x.event()
 					x.write(x.rand.IntN(5))

@@ -34,13 +34,14 @@ type Ledger struct {
 	disks   []string
 	state   map[string][]byte
 	history []entry
+	first   int // the number of requests before history[0]
 }
 
+// entry is what a request has overwritten.
 type entry struct {
 	disk string
 	off  int
 	old  []byte
-	new  []byte
 }
 
 // New begins a ledger of a guest whose disks are all zero.
@@ -95,7 +96,7 @@ func (l *Ledger) send(disk string, off int, data []byte, command string) error {
 		return fmt.Errorf("guest's request %q to %s: %w", command, disk, err)
 	}
 	state := l.state[disk][off : off+len(data)]
-	l.history = append(l.history, entry{disk, off, bytes.Clone(state), data})
+	l.history = append(l.history, entry{disk, off, bytes.Clone(state)})
 	copy(state, data)
 	return nil
 }
@@ -127,7 +128,15 @@ func (l *Ledger) Size(disk string) int64 {
 func (l *Ledger) Now() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.history)
+	return l.first + len(l.history)
+}
+
+// Forget gives up the history so far: no Instant before now will be asked for.
+func (l *Ledger) Forget() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.first += len(l.history)
+	l.history = nil
 }
 
 // Instant finds an instant from..to at which the disks held just these bytes, all of them at once.
@@ -138,13 +147,16 @@ func (l *Ledger) Instant(disks map[string][]byte, from, to int) (int, error) {
 	for name := range disks {
 		at[name] = bytes.Clone(l.state[name])
 	}
-	for i := len(l.history) - 1; i >= to; i-- {
-		l.history[i].undo(at)
+	if from < l.first {
+		return 0, fmt.Errorf("what was before request %d is forgotten", l.first)
+	}
+	for i := l.first + len(l.history) - 1; i >= to; i-- {
+		l.history[i-l.first].undo(at)
 	}
 	closest, least := "", 1<<62
 	for n := to; n >= from; n-- {
 		if n < to {
-			l.history[n].undo(at)
+			l.history[n-l.first].undo(at)
 		}
 		wrong, where := 0, ""
 		for name, data := range disks {
