@@ -11,7 +11,7 @@ LINT_VERSION := v2.15.0
 # Built by the project's own Go: a linter of an older one can't read its code.
 LINT := $(CACHE)/golangci-lint-$(LINT_VERSION)-$(shell sed -n 's/^toolchain //p' go.mod)/golangci-lint
 
-.PHONY: build help setup demo test unit lint fuzz bench clean
+.PHONY: build help setup demo test unit lint torture fuzz bench clean
 
 build: ## build the programs into bin/, static
 	@mkdir -p bin
@@ -43,6 +43,10 @@ $(LINT):
 
 unit: ## the tests alone, of PKG (./...)
 	$(GO) test -race -timeout $(TIMEOUT) $(PKG)
+
+torture: ## a guest's long life with faults at random moments, 1,000 runs and more
+	$(GO) test -race -timeout 3h ./cmd/qmchain-backup -run TestTorture -v -torture-runs 260
+	$(GO) test -timeout 3h ./backup -run TestOrderOfWrites -v -order-runs 200
 
 fuzz: ## fuzz each target for FUZZ (10s)
 	@internal/testenv/fuzz.sh $(FUZZ)

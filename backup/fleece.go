@@ -6,7 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/sirupsen/logrus"
 
 	"qmchain/internal/child"
 )
@@ -77,6 +81,55 @@ func (f Fleecing) stale() (paths []string, err error) {
 		}
 	}
 	return paths, nil
+}
+
+// slowFileSystems are the magic numbers (statfs(2)) of file systems that fleece images should not be on: the network's, and
+// those in memory.
+var slowFileSystems = map[int64]string{
+	0x6969: "NFS", 0xff534d42: "CIFS", 0xfe534d42: "SMB", 0x00c36400: "CephFS", 0x65735546: "FUSE", 0x01021994: "tmpfs", 0x858458f6: "ramfs",
+}
+
+// describe logs where fleece images go, and what may be wrong with that. Most guests overwrite little of their disks during a
+// run; a tenth is taken for the most that is to be expected.
+func (f Fleecing) describe(log logrus.FieldLogger, disks []PlannedDisk) {
+	if f.Off {
+		log.Warn("no fleecing: a slow or failing repository slows or fails the guest's own writes")
+		return
+	}
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(f.Dir, &fs); err != nil {
+		return // making the images will tell
+	}
+	var size int64
+	for _, d := range disks {
+		size += d.Size
+	}
+	free := int64(fs.Bavail) * fs.Bsize
+	log.Infof("fleece images go to %s, which has %s free", f.Dir, humanize.IBytes(uint64(free)))
+	if kind := slowFileSystems[int64(fs.Type)&0xffffffff]; kind != "" {
+		log.Warnf("%s is on %s: fleece images should be on a fast local disk", f.Dir, kind)
+	}
+	if free < size/10 {
+		log.Warnf("%s has little space: if the guest overwrites more than that of its %s during the run, the backup fails", f.Dir, humanize.IBytes(uint64(size)))
+	}
+}
+
+// reportFleece logs how much of the fleece images was used.
+func (s *session) reportFleece(ctx context.Context) {
+	if s.cfg.Fleecing.Off {
+		return
+	}
+	nodes, err := s.qmp.QueryNamedBlockNodes(ctx)
+	if err != nil {
+		return // it is for people only
+	}
+	var used int64
+	for _, n := range nodes {
+		if strings.HasPrefix(n.NodeName, fleecePrefix) {
+			used += n.Image.ActualSize
+		}
+	}
+	s.log.Infof("fleece images hold %s", humanize.IBytes(uint64(used)))
 }
 
 // addFleece makes the image that saves what the guest overwrites. Its name goes as soon as QEMU has opened it, so that no

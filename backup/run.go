@@ -228,6 +228,9 @@ func (s *session) run(ctx context.Context) error {
 	if err := s.checkSupport(ctx, v); err != nil {
 		return err
 	}
+	if s.daemon == nil {
+		s.cfg.Fleecing.describe(s.log, s.plan.Disks)
+	}
 	if s.partial, err = s.guest.Begin(s.plan.ID); err != nil {
 		return err
 	}
@@ -243,6 +246,7 @@ func (s *session) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.reportFleece(ctx)
 	if err := s.settle(ctx); err != nil {
 		return err
 	}

@@ -158,7 +158,12 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	for _, d := range result.Point.Disks {
 		bytes += uint64(d.Bytes)
 	}
-	u.Log.Infof("point %s/%s: %s, %s in %s", c.Name, result.Point.ID, result.Point.Level(), humanize.IBytes(bytes), time.Since(began).Round(time.Millisecond))
+	took := time.Since(began)
+	for _, d := range result.Point.Disks {
+		u.Log.Infof("disk %s: %s of %s, %s", d.Name, humanize.IBytes(uint64(d.Bytes)), humanize.IBytes(uint64(d.VirtualSize)), d.Level)
+	}
+	u.Log.Infof("point %s/%s: %s, %s, %s in %s (%s/s)", c.Name, result.Point.ID, result.Point.Level(), result.Point.Consistency,
+		humanize.IBytes(bytes), took.Round(time.Millisecond), humanize.IBytes(uint64(float64(bytes)/took.Seconds())))
 	if !c.JSON {
 		err = u.Result(false, nil, func(w io.Writer) error {
 			_, err := fmt.Fprintf(w, "%s/%s\n", c.Name, result.Point.ID)

@@ -39,8 +39,10 @@ var (
 type torture struct {
 	*bench
 	rand *rand.Rand
-	// tracked is false for a disk that must get a full next, as something has ended its tracking.
-	tracked map[string]bool
+	// Two repositories back up the guest, each with its own tracking: repos[0] and repos[1]. The one in use is bench.repo.
+	repos [2]string
+	// tracked is false for a disk that must get a full next, as something has ended its tracking, for each repository.
+	tracked [2]map[string]bool
 	sums    map[string][sha256.Size]byte
 	log     []string
 }
@@ -62,7 +64,10 @@ func TestTorture(t *testing.T) {
 				t.Logf("seed %d", seed)
 				x := &torture{
 					bench: newBench(t, q, style), rand: rand.New(rand.NewPCG(seed, 1)),
-					tracked: make(map[string]bool), sums: make(map[string][sha256.Size]byte),
+					sums: make(map[string][sha256.Size]byte),
+				}
+				for i := range x.repos {
+					x.repos[i], x.tracked[i] = t.TempDir(), make(map[string]bool)
 				}
 				defer func() {
 					if t.Failed() {
@@ -71,6 +76,7 @@ func TestTorture(t *testing.T) {
 				}()
 				for range *tortureRuns {
 					x.ledger.Forget()
+					x.repo = x.repos[min(1, x.rand.IntN(4)/3)]
 					x.write(x.rand.IntN(15))
 					x.event()
 					x.write(x.rand.IntN(5))
@@ -80,8 +86,10 @@ func TestTorture(t *testing.T) {
 						x.goodRun(chain.Level("auto"))
 					}
 				}
-				x.goodRun(chain.Level("auto"))
-				x.recheck()
+				for _, x.repo = range x.repos {
+					x.goodRun(chain.Level("auto"))
+					x.recheck()
+				}
 				t.Logf("%d points", len(x.sums))
 			})
 		}
@@ -90,12 +98,7 @@ func TestTorture(t *testing.T) {
 
 // event is something that happens to a guest between two runs.
 func (x *torture) event() {
-	lost := func() {
-		for d := range x.tracked {
-			x.tracked[d] = false
-		}
-	}
-	switch x.rand.IntN(12) {
+	switch x.rand.IntN(14) {
 	case 0:
 		x.note("restart")
 		x.vm.Restart()
@@ -108,7 +111,8 @@ func (x *torture) event() {
 		x.flush()
 		x.vm.Kill()
 		x.vm.Restart()
-		lost()
+		x.lost("scsi0")
+		x.lost("virtio1")
 	case 3:
 		disk := []string{"scsi0", "virtio1"}[x.rand.IntN(2)]
 		x.resize(disk, x.ledger.Size(disk)+int64(1+x.rand.IntN(20))*512*33)
@@ -118,10 +122,35 @@ func (x *torture) event() {
 			x.resize(disk, size)
 		}
 	case 5:
+		x.note("disks swapped")
+		x.vm.Reconfigure(func(c *testenv.Config) {
+			a, b := x.vm.Disk("scsi0"), x.vm.Disk("virtio1")
+			c.Disks[0].Path, c.Disks[0].Size, c.Disks[1].Path, c.Disks[1].Size = b.Path, b.Size, a.Path, a.Size
+		})
+		x.ledger.Swap("scsi0", "virtio1")
+		for _, tracked := range x.tracked {
+			tracked["scsi0"], tracked["virtio1"] = tracked["virtio1"], tracked["scsi0"]
+		}
+	case 6:
 		x.note("paused for a while")
 		x.vm.Execute("stop", nil, nil)
 		x.vm.Execute("cont", nil, nil)
 	}
+}
+
+// lost notes that a disk's tracking has ended.
+func (x *torture) lost(disk string) {
+	for _, tracked := range x.tracked {
+		tracked[disk] = false
+	}
+}
+
+// now is what the repository in use tracks.
+func (x *torture) now() map[string]bool {
+	if x.repo == x.repos[0] {
+		return x.tracked[0]
+	}
+	return x.tracked[1]
 }
 
 func (x *torture) flush() {
@@ -148,7 +177,7 @@ func (x *torture) resize(disk string, size int64) {
 		x.note("resize %s from %d to %d: %v", disk, x.ledger.Size(disk), size, err)
 		if err == nil {
 			if size < x.ledger.Size(disk) {
-				x.tracked[disk] = false
+				x.lost(disk)
 			}
 			x.ledger.Resize(disk, size)
 		}
@@ -194,18 +223,18 @@ func (x *torture) committed(before map[string]bool, from int) *chain.Manifest {
 			x.t.Fatalf("point %s: %v", id, err)
 		}
 		for name, data := range disks {
-			x.sums[id+"/"+name] = sha256.Sum256(data)
+			x.sums[x.repo+id+"/"+name] = sha256.Sum256(data)
 		}
 		for _, d := range made.Disks {
 			x.note("  point %s: %s is %s %s", id, d.Name, d.Level, d.Reason)
-			if x.tracked[d.Name] && d.Level == chain.Full && d.Reason != "asked for" {
+			if x.now()[d.Name] && d.Level == chain.Full && d.Reason != "asked for" {
 				x.t.Fatalf("point %s: disk %s is a full: %s", id, d.Name, d.Reason)
 			}
-			if !x.tracked[d.Name] && d.Level.Overlay() {
+			if !x.now()[d.Name] && d.Level.Overlay() {
 				x.t.Fatalf("point %s: disk %s is an increment, though its tracking had ended", id, d.Name)
 			}
 			if d.Level.Tracked() {
-				x.tracked[d.Name] = true
+				x.now()[d.Name] = true
 			}
 		}
 	}
@@ -242,7 +271,7 @@ func (x *torture) guestIsClean() {
 	}
 	x.vm.Execute("query-named-block-nodes", map[string]any{"flat": true}, &nodes)
 	for _, n := range nodes {
-		if strings.HasPrefix(n.Name, "qmchain") || len(n.Bitmaps) > 1 {
+		if strings.HasPrefix(n.Name, "qmchain") || len(n.Bitmaps) > len(x.repos) {
 			x.t.Fatalf("left in the guest: %+v", n)
 		}
 	}
@@ -252,14 +281,14 @@ func (x *torture) guestIsClean() {
 func (x *torture) faultyRun() {
 	x.t.Helper()
 	level := []string{"auto", "auto", "auto", "auto", "full", "diff", "copy"}[x.rand.IntN(7)]
-	if level == "diff" && !(x.tracked["scsi0"] && x.tracked["virtio1"]) {
+	if level == "diff" && (!x.now()["scsi0"] || !x.now()["virtio1"]) {
 		level = "auto"
 	}
 	at := 1 + x.rand.IntN(70) // of the commands, or of the steps in the file system
 	fault := []string{
 		"none", "kill at command", "kill at step", "connection lost", "connection lost after", "command refused", "killed at any time", "terminated",
-		"job cancelled", "fleece full", "QEMU killed", "QEMU quits", "step fails", "power loss",
-	}[x.rand.IntN(14)]
+		"job cancelled", "fleece full", "QEMU killed", "QEMU quits", "step fails", "power loss", "agent is dead",
+	}[x.rand.IntN(15)]
 	x.note("run, level %s, fault %q at %d", level, fault, at)
 
 	before, from := x.points(), x.ledger.Now()
@@ -323,6 +352,8 @@ func (x *torture) faultyRun() {
 	switch fault {
 	case "fleece full":
 		args = append(args, "--fleece-limit", "1MiB")
+	case "agent is dead":
+		args = append(args, "--agent-socket", x.vm.AgentSocket, "--freeze-timeout", "100ms")
 	case "kill at step", "power loss":
 		killStep = at
 	}
@@ -362,14 +393,13 @@ func (x *torture) faultyRun() {
 		x.losePower()
 	}
 	made := x.committed(before, from)
-	if fault == "none" && made == nil {
+	if (fault == "none" || fault == "agent is dead") && made == nil {
 		x.t.Fatalf("a run without a fault made no point: exit code %d: %s", code, text)
 	}
 	if fault == "QEMU killed" && died.Load() {
 		// Bitmaps that were loaded are inconsistent now, and those of this session are lost.
-		for d := range x.tracked {
-			x.tracked[d] = false
-		}
+		x.lost("scsi0")
+		x.lost("virtio1")
 	}
 	if got := x.vm.Status(); got != "running" {
 		x.t.Fatalf("the guest is %s after %q", got, fault)
@@ -423,7 +453,7 @@ func (x *torture) recheck() {
 	}
 	for _, p := range points {
 		for name, data := range ledger.ReadPoint(x.t, x.vm.Config().QEMU, x.repo, "web", p.ID) {
-			if sha256.Sum256(data) != x.sums[string(p.ID)+"/"+name] {
+			if sha256.Sum256(data) != x.sums[x.repo+string(p.ID)+"/"+name] {
 				x.t.Errorf("point %s: disk %s has changed", p.ID, name)
 			}
 		}

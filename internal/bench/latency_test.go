@@ -21,15 +21,14 @@ import (
 
 var (
 	latencyQEMU   = flag.String("latency-qemu", "", "QEMU of BenchmarkGuestLatency, such as 10.0; the host's by default")
-	latencyRounds = flag.Int("latency-rounds", 3, "rounds of BenchmarkGuestLatency")
-	latencyWindow = flag.Duration("latency-window", 10*time.Second, "how long each arm of BenchmarkGuestLatency is measured in each round")
+	latencyRounds = flag.Int("latency-rounds", 5, "rounds of BenchmarkGuestLatency")
+	latencyWindow = flag.Duration("latency-window", 5*time.Second, "how long each arm of BenchmarkGuestLatency is measured in each round")
 )
 
 const (
-	// The repository takes lineRate bytes a second. The disk is copied more slowly than that, as what the guest overwrites
-	// is copied in clusters: at most line.rate*window bytes in a window.
+	// lineRate is what the repository takes, in bytes per second.
 	lineRate = 5_000_000
-	// The guest's own load. Nearly each of its writes hits a cluster that was not copied yet: 100 clusters a second are
+	// writeRate is the guest's own load, in writes per second. Nearly each of its writes hits a cluster that was not copied yet: 100 clusters a second are
 	// 6.5 MB/s, which the repository can't take and a fleece image can.
 	writeRate = 100
 )
@@ -63,12 +62,12 @@ func BenchmarkGuestLatency(b *testing.B) {
 		for round := range *latencyRounds {
 			got := map[string]window{}
 			for _, arm := range arms {
-				before := g.line.total()
+				before := g.repo.sent(b)
 				w := g.measure(b, arm)
 				got[arm] = w
 				p50[arm], p99[arm] = append(p50[arm], w.P50), append(p99[arm], w.P99)
 				b.Logf("round %d: %-6s %d writes: p50 %.1f ms, p99 %.1f ms, max %.1f ms; %.1f MB to the repository; load %s",
-					round, arm, w.Writes, w.P50, w.P99, w.Max, float64(g.line.total()-before)/1e6, load())
+					round, arm, w.Writes, w.P50, w.P99, w.Max, float64(g.repo.sent(b)-before)/1e6, load())
 			}
 			toNone = append(toNone, got["fleece"].P99/got["none"].P99)
 			toFleece = append(toFleece, got["direct"].P99/got["fleece"].P99)
@@ -85,15 +84,14 @@ func BenchmarkGuestLatency(b *testing.B) {
 
 // latencyGuest is a Linux guest with a disk full of data, and a slow repository.
 type latencyGuest struct {
-	vm           *testenv.VM
-	repo, fleece string
-	line         *line
+	vm     *testenv.VM
+	repo   *slowMount
+	fleece string
 }
 
 func newLatencyGuest(b *testing.B, q testenv.QEMU, size int64) *latencyGuest {
 	b.Helper()
-	g := &latencyGuest{fleece: b.TempDir()}
-	g.repo, g.line = slowMount(b, lineRate)
+	g := &latencyGuest{fleece: b.TempDir(), repo: newSlowMount(b)}
 	dir := b.TempDir()
 	writer := filepath.Join(dir, "writer")
 	build(b, writer, "./testdata/writer")
@@ -149,7 +147,7 @@ func (g *latencyGuest) measure(b *testing.B, arm string) window {
 			ended <- ctx.Err()
 			return
 		}
-		cfg := config(g.vm.Socket, g.repo, g.fleece, chain.Full)
+		cfg := config(g.vm.Socket, g.repo.dir, g.fleece, chain.Full)
 		if arm == "direct" {
 			cfg.Fleecing = backup.Fleecing{Off: true}
 		}

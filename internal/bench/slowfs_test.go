@@ -1,7 +1,12 @@
 package bench
 
 import (
+	"bufio"
 	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
 	"sync"
 	"syscall"
 	"testing"
@@ -9,7 +14,102 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
+
+// slowFolder makes the test binary the server of a slow file system over that folder, at the place that slowPlace tells.
+const (
+	slowFolder = "QMCHAIN_BENCH_SLOW_FOLDER"
+	slowPlace  = "QMCHAIN_BENCH_SLOW_PLACE"
+)
+
+// TestMain serves the slow file system from a process of its own: one that waits for its own file system when it is killed
+// would never end.
+func TestMain(m *testing.M) {
+	folder, ok := os.LookupEnv(slowFolder)
+	if !ok {
+		os.Exit(m.Run())
+	}
+	if err := serveSlow(folder, os.Getenv(slowPlace), os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// slowMount is a folder to which lineRate bytes a second can be written. The kernel does not cache them: each write(2)
+// waits.
+type slowMount struct {
+	dir    string
+	asks   io.WriteCloser
+	answer *bufio.Reader
+}
+
+// newSlowMount mounts one until the benchmark ends, or dies.
+func newSlowMount(b *testing.B) *slowMount {
+	b.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		b.Fatal(err)
+	}
+	m := &slowMount{dir: b.TempDir()}
+	server := exec.Command(self)
+	server.Env = append(os.Environ(), slowFolder+"="+b.TempDir(), slowPlace+"="+m.dir)
+	server.Stderr = os.Stderr
+	out, err := server.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if m.asks, err = server.StdinPipe(); err != nil {
+		b.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = m.asks.Close()
+		if err := server.Wait(); err != nil {
+			b.Errorf("slow file system: %v", err)
+		}
+	})
+	m.answer = bufio.NewReader(out)
+	m.sent(b) // it answers when it is mounted
+	return m
+}
+
+// sent is how many bytes were written so far.
+func (m *slowMount) sent(b *testing.B) (n int64) {
+	b.Helper()
+	if _, err := fmt.Fprintln(m.asks); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := fmt.Fscanln(m.answer, &n); err != nil {
+		b.Fatal(err)
+	}
+	return n
+}
+
+// serveSlow serves the file system until its input ends, which it does when the benchmark does. It answers each line with
+// the number of bytes written.
+func serveSlow(folder, place string, in io.Reader, out io.Writer) error {
+	inner, err := fs.NewLoopbackRoot(folder)
+	if err != nil {
+		return err
+	}
+	loopback, l := inner.(*fs.LoopbackNode), &line{rate: lineRate}
+	root := &slowNode{loopback, l}
+	loopback.RootData.RootNode = root
+	_, err = fs.Mount(place, root, &fs.Options{
+		MountOptions: fuse.MountOptions{FsName: "qmchain-bench", Name: "slow", DirectMount: true},
+	})
+	if err != nil {
+		return err
+	}
+	for asks := bufio.NewScanner(in); asks.Scan(); {
+		fmt.Fprintln(out, l.total())
+	}
+	// Whoever may still have a file open there gets an error as soon as this process has ended.
+	return os.NewSyscallError("umount", unix.Unmount(place, unix.MNT_DETACH))
+}
 
 // line is a line to a slow storage: what is sent goes one after the other.
 type line struct {
@@ -17,7 +117,7 @@ type line struct {
 
 	mu   sync.Mutex
 	free time.Time // when the last of what was sent will be through
-	sent int64     // bytes
+	all  int64     // bytes
 }
 
 // send returns when n more bytes are through.
@@ -28,7 +128,7 @@ func (l *line) send(n int) {
 	}
 	l.free = l.free.Add(time.Duration(n) * time.Second / time.Duration(l.rate))
 	through := l.free
-	l.sent += int64(n)
+	l.all += int64(n)
 	l.mu.Unlock()
 	time.Sleep(time.Until(through))
 }
@@ -36,33 +136,7 @@ func (l *line) send(n int) {
 func (l *line) total() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.sent
-}
-
-// slowMount mounts a folder of its own as a file system on which writes take their time. The kernel does not cache them:
-// each write(2) waits. It is unmounted when the benchmark ends.
-func slowMount(b *testing.B, rate int64) (dir string, l *line) {
-	b.Helper()
-	inner, err := fs.NewLoopbackRoot(b.TempDir())
-	if err != nil {
-		b.Fatal(err)
-	}
-	dir, l = b.TempDir(), &line{rate: rate}
-	loopback := inner.(*fs.LoopbackNode)
-	root := &slowNode{loopback, l}
-	loopback.RootData.RootNode = root
-	server, err := fs.Mount(dir, root, &fs.Options{
-		MountOptions: fuse.MountOptions{FsName: "qmchain-bench", Name: "slow", DirectMount: true},
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		if err := server.Unmount(); err != nil {
-			b.Errorf("%s: %v", dir, err)
-		}
-	})
-	return dir, l
+	return l.all
 }
 
 type slowNode struct {

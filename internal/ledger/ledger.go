@@ -108,6 +108,13 @@ func (l *Ledger) Follow(vm *testenv.VM) {
 	l.vm = vm
 }
 
+// Swap notes that two disks have changed names. No Instant is asked for across it.
+func (l *Ledger) Swap(a, b string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.state[a], l.state[b] = l.state[b], l.state[a]
+}
+
 // Resize notes that a disk has another size now. No Instant is asked for across it.
 func (l *Ledger) Resize(disk string, size int64) {
 	l.mu.Lock()
