@@ -245,7 +245,7 @@ func (x *torture) committed(before map[string]bool, from int) *chain.Manifest {
 func (x *torture) goodRun(level chain.Level) {
 	x.t.Helper()
 	before, from := x.points(), x.ledger.Now()
-	cmd, stderr := x.command(0, append(x.args(x.vm.Socket), "--level", string(level))...)
+	cmd, stderr := x.command(0, append(x.args(x.vm.Socket), "--init", "--level", string(level))...)
 	err := cmd.Run()
 	x.note("a good run, level %s: %v", level, err)
 	if code := cmd.ProcessState.ExitCode(); code != 0 && code != 4 {
@@ -347,7 +347,7 @@ func (x *torture) faultyRun() {
 		},
 	}
 	proxy.Store(qmptest.NewProxy(x.t, x.vm.Socket, hooks))
-	args := append(x.args(proxy.Load().Addr()), "--level", level)
+	args := append(x.args(proxy.Load().Addr()), "--init", "--level", level)
 	killStep := 0
 	switch fault {
 	case "fleece full":
