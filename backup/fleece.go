@@ -106,7 +106,7 @@ func (f Fleecing) describe(log logrus.FieldLogger, disks []PlannedDisk) {
 	}
 	free := int64(fs.Bavail) * fs.Bsize
 	log.Infof("fleece images go to %s, which has %s free", f.Dir, humanize.IBytes(uint64(free)))
-	if kind := slowFileSystems[int64(fs.Type)&0xffffffff]; kind != "" {
+	if kind := slowFileSystems[fs.Type&0xffffffff]; kind != "" {
 		log.Warnf("%s is on %s: fleece images should be on a fast local disk", f.Dir, kind)
 	}
 	if free < size/10 {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"sync"
 	"syscall"
 	"testing"
@@ -91,6 +92,8 @@ func (m *slowMount) sent(b *testing.B) (n int64) {
 // serveSlow serves the file system until its input ends, which it does when the benchmark does. It answers each line with
 // the number of bytes written.
 func serveSlow(folder, place string, in io.Reader, out io.Writer) error {
+	// What interrupts the benchmark must not end this before it has unmounted.
+	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	inner, err := fs.NewLoopbackRoot(folder)
 	if err != nil {
 		return err
