@@ -23,7 +23,7 @@ help: ## this list
 setup: ## install what building and testing need (Debian 12 or 13), as far as missing
 	@internal/testenv/setup.sh
 
-demo: setup ## back up a running Linux guest, browse its points, restore one
+demo: setup ## back up a running Linux guest and look into every point
 	@$(MAKE) --no-print-directory build
 	@$(GO) run ./internal/demo
 
