@@ -11,6 +11,9 @@ import (
 	"qmchain/qmp"
 )
 
+// maxWorkers is how many copies of all disks together may be under way in QEMU at the same time.
+const maxWorkers = 16
+
 // node names of a disk's parts, by its place in the plan: disks' own names could be too long for QEMU.
 func nodeName(prefix string, i int) string { return fmt.Sprintf("%s%d", prefix, i) }
 
@@ -87,10 +90,13 @@ func (s *session) job(i int, d PlannedDisk, from string, version qmp.Version) qm
 		JobID: s.jobID(i), Device: from, Target: nodeName(targetPrefix, i), Sync: "full",
 		Compress: s.cfg.Copying.Compress != "", Speed: s.cfg.Copying.Speed, AutoFinalize: true,
 	}
+	// QEMU has 64 threads for the I/O of all its images. Were they all to wait for a slow target, the guest's writes would wait
+	// for one as well (seen: three times the latency, and more the slower the target).
+	job.XPerf = &qmp.XPerf{MaxWorkers: max(1, maxWorkers/len(s.plan.Disks))}
 	if !version.AtLeast(10, 0) {
 		// QEMU 7.2 reads zeroes for what the guest zeroes between the switch and the copying of it, unless it copies
 		// cluster by cluster. 10.0 does not.
-		job.XPerf = &qmp.XPerf{MaxChunk: 64 << 10}
+		job.XPerf.MaxChunk = 64 << 10
 	}
 	if d.Level.Overlay() {
 		job.Sync, job.Bitmap, job.BitmapMode = "bitmap", d.Old, "never"

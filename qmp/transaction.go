@@ -74,7 +74,8 @@ type BackupOptions struct {
 
 // XPerf are the performance options of a backup job.
 type XPerf struct {
-	MaxChunk int64 `json:"max-chunk,omitempty"` // largest copy at once, in bytes
+	MaxChunk   int64 `json:"max-chunk,omitempty"`   // largest copy at once, in bytes
+	MaxWorkers int   `json:"max-workers,omitempty"` // copies under way at the same time; QEMU's default is 64
 }
 
 // BlockdevBackup starts a backup job.

@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"sync"
 	"syscall"
 	"testing"
@@ -56,6 +55,8 @@ func newSlowMount(b *testing.B) *slowMount {
 	server := exec.Command(self)
 	server.Env = append(os.Environ(), slowFolder+"="+b.TempDir(), slowPlace+"="+m.dir)
 	server.Stderr = os.Stderr
+	// In a group of its own, what interrupts or kills the benchmark does not end it before it has unmounted.
+	server.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := server.StdoutPipe()
 	if err != nil {
 		b.Fatal(err)
@@ -92,8 +93,6 @@ func (m *slowMount) sent(b *testing.B) (n int64) {
 // serveSlow serves the file system until its input ends, which it does when the benchmark does. It answers each line with
 // the number of bytes written.
 func serveSlow(folder, place string, in io.Reader, out io.Writer) error {
-	// What interrupts the benchmark must not end this before it has unmounted.
-	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	inner, err := fs.NewLoopbackRoot(folder)
 	if err != nil {
 		return err
