@@ -231,11 +231,13 @@ func TestWritesGoOn(t *testing.T) {
 					done <- err
 					return
 				}
+				time.Sleep(time.Millisecond)
 			}
 			done <- nil
 		}()
 		r.run(chain.Full)
 		for range 6 {
+			r.ledger.Forget()
 			r.run(chain.Inc)
 		}
 		stop()

@@ -5,9 +5,11 @@ package ledger
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"qmchain/chain"
@@ -150,35 +152,55 @@ func (l *Ledger) Forget() {
 func (l *Ledger) Instant(disks map[string][]byte, from, to int) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if from < l.first {
+		return 0, fmt.Errorf("what was before request %d is forgotten", l.first)
+	}
 	at := make(map[string][]byte)
 	for name := range disks {
 		at[name] = bytes.Clone(l.state[name])
 	}
-	if from < l.first {
-		return 0, fmt.Errorf("what was before request %d is forgotten", l.first)
-	}
 	for i := l.first + len(l.history) - 1; i >= to; i-- {
 		l.history[i-l.first].undo(at)
+	}
+	// The clusters that differ are known for each instant from those of the next one: only what one request has changed is
+	// compared again.
+	wrong := make(map[string]map[int]bool)
+	for name, data := range disks {
+		wrong[name] = make(map[int]bool)
+		for _, c := range differences(at[name], data) {
+			wrong[name][c] = true
+		}
 	}
 	closest, least := "", 1<<62
 	for n := to; n >= from; n-- {
 		if n < to {
-			l.history[n-l.first].undo(at)
-		}
-		wrong, where := 0, ""
-		for name, data := range disks {
-			if bytes.Equal(at[name], data) {
-				continue
+			e := l.history[n-l.first]
+			e.undo(at)
+			if data, ok := disks[e.disk]; ok {
+				for c := e.off / cluster; c <= (e.off+len(e.old)-1)/cluster; c++ {
+					if sameCluster(at[e.disk], data, c) {
+						delete(wrong[e.disk], c)
+					} else {
+						wrong[e.disk][c] = true
+					}
+				}
 			}
-			bad := differences(at[name], data)
-			wrong += len(bad)
-			where += fmt.Sprintf(" %s: clusters %v (of %d and %d bytes);", name, bad[:min(len(bad), 12)], len(at[name]), len(data))
 		}
-		if where == "" {
+		count, where := 0, ""
+		for name := range disks {
+			count += len(wrong[name])
+		}
+		if count == 0 {
 			return n, nil
 		}
-		if wrong < least {
-			closest, least = fmt.Sprintf("after request %d, but for%s", n, where), wrong
+		if count < least {
+			for name, data := range disks {
+				bad := slices.Sorted(maps.Keys(wrong[name]))
+				if len(bad) > 0 {
+					where += fmt.Sprintf(" %s: clusters %v (of %d and %d bytes);", name, bad[:min(len(bad), 12)], len(at[name]), len(data))
+				}
+			}
+			closest, least = fmt.Sprintf("after request %d, but for%s", n, where), count
 		}
 	}
 	return 0, fmt.Errorf("the disks are of no instant in %d..%d; closest is %s", from, to, closest)
@@ -190,13 +212,18 @@ func (e entry) undo(at map[string][]byte) {
 	}
 }
 
+// sameCluster reports whether two disks are the same in one cluster.
+func sameCluster(a, b []byte, c int) bool {
+	from, to := c*cluster, (c+1)*cluster
+	return bytes.Equal(a[min(from, len(a)):min(to, len(a))], b[min(from, len(b)):min(to, len(b))])
+}
+
 // differences lists the clusters that differ.
 func differences(a, b []byte) []int {
 	var bad []int
-	for off := 0; off < max(len(a), len(b)); off += cluster {
-		end := off + cluster
-		if !bytes.Equal(a[min(off, len(a)):min(end, len(a))], b[min(off, len(b)):min(end, len(b))]) {
-			bad = append(bad, off/cluster)
+	for c := range (max(len(a), len(b)) + cluster - 1) / cluster {
+		if !sameCluster(a, b, c) {
+			bad = append(bad, c)
 		}
 	}
 	return bad
