@@ -1,4 +1,4 @@
-# `make` builds, `make setup test` tests; `make help` lists the rest.
+# `make` builds, `make test` sets up and tests; `make help` lists the rest.
 
 GO      := internal/testenv/go.sh
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)

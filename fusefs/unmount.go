@@ -204,7 +204,10 @@ func (m *Mounted) Unmount(ctx context.Context) error {
 	if mounts, err := readMounts(); err == nil {
 		if entry, ok := m.find(mounts); ok {
 			m.log.Warn("the mount is in use: it is detached, and what is open gets errors from now on")
-			aborted = m.unmountEntry(ctx, mounts, entry, true) == nil && os.Geteuid() == 0
+			if err := m.unmountEntry(ctx, mounts, entry, true); err != nil {
+				return fmt.Errorf("%w: %w", ErrBusy, err) // covered by another mount; breaking it would leave a dead one there
+			}
+			aborted = os.Geteuid() == 0
 		}
 	}
 	if !aborted && !m.abort() {

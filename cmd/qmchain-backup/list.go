@@ -173,10 +173,10 @@ func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (state string
 	if err != nil {
 		return "damaged: " + string(tip), ui.Exit(ui.ExitDamaged, err)
 	}
-	age := now.Sub(m.Time).Round(time.Second)
-	state = fmt.Sprintf("%s old: %s", age, tip)
+	age := now.Sub(m.Time)
+	state = fmt.Sprintf("%s old: %s", age.Round(time.Second), tip)
 	if age > c.MaxAge {
-		return "TOO OLD, " + state, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age))
+		return "TOO OLD, " + state, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age.Round(time.Second)))
 	}
 	return "ok, " + state, nil
 }
