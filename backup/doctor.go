@@ -146,6 +146,14 @@ func (s *session) examine(ctx context.Context, images []string) ([]Finding, erro
 	for _, id := range partials {
 		add("repository", true, "unfinished point %s", id)
 	}
+	strays, err := s.guest.Strays()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range strays {
+		add("repository", false, "%s belongs to no point: was the point's folder removed by hand? Points that need it can't be read; if there are none, remove it",
+			filepath.Join(s.guest.ImagesDir(), name))
+	}
 	if !s.cfg.Fleecing.Off && s.cfg.Fleecing.Dir != "" {
 		stale, err := s.cfg.Fleecing.stale()
 		if err != nil {

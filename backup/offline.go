@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"qmchain/chain"
@@ -81,12 +82,12 @@ func startDaemon(ctx context.Context, cfg Config) (_ *daemon, err error) {
 	defer cancel()
 	for {
 		if _, err := os.Stat(d.socket); err == nil {
-			// The socket comes before the images: it answers when all are open.
+			// The socket's file comes before somebody listens on it, and that before the images: it answers when all are open.
 			client, err := qmp.Dial(ctx, d.socket)
 			if err == nil {
 				return d, client.Close()
 			}
-			if !errors.Is(err, qmp.ErrDisconnected) {
+			if !errors.Is(err, qmp.ErrDisconnected) && !errors.Is(err, syscall.ECONNREFUSED) {
 				return nil, err
 			}
 		}

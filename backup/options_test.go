@@ -11,6 +11,7 @@ import (
 
 	"qmchain/backup"
 	"qmchain/chain"
+	"qmchain/chain/repo"
 	"qmchain/internal/testenv"
 	"qmchain/qmp/qmptest"
 )
@@ -85,7 +86,7 @@ func TestCompressed(t *testing.T) {
 			t.Errorf("%s: %d bytes", kind, d.Bytes)
 		}
 		r.check(result.Point, from, r.ledger.Now())
-		info := testenv.Output(t, r.qemu.Img, "info", "--output=json", filepath.Join(r.repo, "web", string(result.Point.ID), "scsi0.qcow2"))
+		info := testenv.Output(t, r.qemu.Img, "info", "--output=json", filepath.Join(r.repo, "web", repo.ImagesFolder, result.Point.Disk("scsi0").File))
 		if kind != "" && !strings.Contains(info, `"compression-type": "`+kind+`"`) {
 			t.Errorf("%s: %s", kind, info)
 		}
@@ -108,7 +109,7 @@ func TestSpeedLimitAndClusterSize(t *testing.T) {
 		t.Errorf("4 MiB at 2 MiB/s took %s", took)
 	}
 	r.check(result.Point, r.ledger.Now(), r.ledger.Now())
-	if !strings.Contains(testenv.Output(t, r.qemu.Img, "info", filepath.Join(r.repo, "web", string(result.Point.ID), "scsi0.qcow2")), "cluster_size: 4096") {
+	if !strings.Contains(testenv.Output(t, r.qemu.Img, "info", filepath.Join(r.repo, "web", repo.ImagesFolder, result.Point.Disk("scsi0").File)), "cluster_size: 4096") {
 		t.Error("not the cluster size that was asked for")
 	}
 	r.write(10)

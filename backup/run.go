@@ -367,7 +367,7 @@ func (s *session) commit(ctx context.Context, v *view) error {
 	for i, d := range s.plan.Disks {
 		disk := chain.Disk{
 			Name: d.Name, Level: d.Level, Reason: d.Reason, SourceFormat: d.Driver, VirtualSize: d.Size,
-			File: chain.ImageFile(d.Name),
+			File: chain.ImageFile(s.partial.ID, d.Name),
 		}
 		if d.New != "" {
 			disk.Tracking = &chain.Tracking{Bitmap: d.New, Kind: d.Kind}

@@ -55,7 +55,7 @@ func TestNames(t *testing.T) {
 
 func fullDisk(name string) Disk {
 	return Disk{
-		Name: name, Level: Full, SourceFormat: "qcow2", VirtualSize: 1 << 20, File: ImageFile(name), Bytes: 196616,
+		Name: name, Level: Full, SourceFormat: "qcow2", VirtualSize: 1 << 20, Bytes: 196616,
 		Sums: Sums{File: SumsFile(name), SHA256: sha},
 	}
 }
@@ -69,6 +69,9 @@ func incDisk(name string, parent *Manifest, disk string) Disk {
 }
 
 func point(id ID, uuid string, disks ...Disk) *Manifest {
+	for i := range disks {
+		disks[i].File = ImageFile(id, disks[i].Name)
+	}
 	return &Manifest{
 		Format: 1, ID: id, UUID: uuid, Time: time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC),
 		Guest: GuestIdentity{Name: "110"}, Consistency: Instant, QEMU: "10.0.13", Disks: disks,
@@ -135,12 +138,13 @@ func TestManifestRefuses(t *testing.T) {
 		"a disk twice":             func(m *Manifest) { m.Disks = append(m.Disks, m.Disks[0]) },
 		"no disk":                  func(m *Manifest) { m.Disks = nil },
 		"a path for an image":      func(m *Manifest) { m.Disks[0].File = "../x/scsi0.qcow2" },
+		"another point's image":    func(m *Manifest) { m.Disks[0].File = ImageFile(id1, "scsi0") },
 		"a path for a disk":        func(m *Manifest) { m.Disks[0].Name = "../x"; m.Disks[0].File = "../x.qcow2" },
 		"a path for sums":          func(m *Manifest) { m.Disks[0].Sums.File = "/etc/passwd" },
 		"a parent of a full":       func(m *Manifest) { r := p1.Ref("scsi0"); m.Disks[0].Parent = &r },
 		"no parent of an inc":      func(m *Manifest) { m.Disks[0].Level = Inc },
-		"a parent that is newer":   func(m *Manifest) { m.Disks[0] = incDisk("scsi0", point(id3, uuidA, fullDisk("scsi0")), "scsi0") },
-		"itself as parent":         func(m *Manifest) { m.Disks[0] = incDisk("scsi0", m, "scsi0") },
+		"a parent that is newer":   func(m *Manifest) { r := point(id3, uuidA).Ref("scsi0"); m.Disks[0].Level, m.Disks[0].Parent = Inc, &r },
+		"itself as parent":         func(m *Manifest) { r := m.Ref("scsi0"); m.Disks[0].Level, m.Disks[0].Parent = Inc, &r },
 		"an odd size":              func(m *Manifest) { m.Disks[0].VirtualSize = 513 },
 		"a negative size":          func(m *Manifest) { m.Disks[0].VirtualSize = -512 },
 		"an unknown level":         func(m *Manifest) { m.Disks[0].Level = "half" },

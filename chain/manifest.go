@@ -98,7 +98,7 @@ type Disk struct {
 	Parent       *ImageRef `json:"parent,omitempty"`
 	SourceFormat string    `json:"source_format"` // of the guest's image
 	VirtualSize  int64     `json:"virtual_size"`  // bytes
-	File         string    `json:"file"`          // the qcow2 image, in the point's folder
+	File         string    `json:"file"`          // the qcow2 image, in the folder of the guest's images
 	Bytes        int64     `json:"bytes"`         // size of that file
 	Sums         Sums      `json:"sums"`
 	Tracking     *Tracking `json:"tracking,omitempty"`
@@ -273,8 +273,8 @@ func (d *Disk) validate(point ID) error {
 	if d.VirtualSize <= 0 || d.VirtualSize%512 != 0 {
 		return fmt.Errorf("virtual size %d is not a positive multiple of 512", d.VirtualSize)
 	}
-	if d.File != ImageFile(d.Name) {
-		return fmt.Errorf("image file %q, not %q", d.File, ImageFile(d.Name))
+	if file := ImageFile(point, d.Name); d.File != file {
+		return fmt.Errorf("image file %q, not %q", d.File, file)
 	}
 	if d.Sums.File != SumsFile(d.Name) {
 		return fmt.Errorf("sums file %q, not %q", d.Sums.File, SumsFile(d.Name))
@@ -295,14 +295,13 @@ func checkUUID(s string) error {
 	return nil
 }
 
-// ImageFile is the name of a disk's image in a point's folder.
-func ImageFile(disk string) string { return disk + ".qcow2" }
+// ImageFile is the name of a disk's image in the folder of the guest's images.
+func ImageFile(point ID, disk string) string { return string(point) + "." + disk + ".qcow2" }
 
-// SumsFile is the name of the file with an image's check sums.
+// SumsFile is the name of the file with an image's check sums, in the point's folder.
 func SumsFile(disk string) string { return disk + ".sums" }
 
-// BackingFile is what the header of an overlay on parent must name as its backing file: a path relative to the
-// overlay's own folder, so that a repository can be moved.
-func BackingFile(parent ImageRef) string {
-	return "../" + string(parent.Point) + "/" + ImageFile(parent.Disk)
-}
+// BackingFile is what the header of an overlay on parent must name as its backing file: a name in the overlay's own
+// folder, so that a repository can be moved, and so that a chain can be of any length: QEMU joins the folders of all
+// backing files of a chain to one path, which the system bounds.
+func BackingFile(parent ImageRef) string { return ImageFile(parent.Point, parent.Disk) }

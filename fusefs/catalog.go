@@ -346,7 +346,7 @@ func (l *listing) contents(p tree.Point) (tree.Contents, error) {
 
 // image looks at an image file, once for each listing: points of a chain share most of theirs.
 func (l *listing) image(layer chain.Layer) (tree.Stat, bool) {
-	path := filepath.Join(l.guest.PointDir(layer.Point.ID), layer.Disk.File)
+	path := l.guest.ImagePath(layer.Point.ID, layer.Disk.Name)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	r, ok := l.remember[path]

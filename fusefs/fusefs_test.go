@@ -665,8 +665,10 @@ func TestRemovedPoint(t *testing.T) {
 	defer open.Close()
 	want := g.Want(p.ID, "scsi0")
 
-	if err := os.RemoveAll(g.PointDir(p.ID)); err != nil {
-		t.Fatal(err)
+	for _, path := range []string{g.PointDir(p.ID), g.ImagePath(p.ID, "scsi0")} {
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
 	}
 	eventually(t, "the point is gone", func() bool {
 		_, err := os.Stat(path)
@@ -704,11 +706,13 @@ func TestPointReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := *full
-	other.ID = p.ID
+	other.ID, other.Disks = p.ID, slices.Clone(full.Disks)
+	other.Disks[0].File = chain.ImageFile(p.ID, "scsi0")
 	text, err := other.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, "cp", b.ImagePath(full.ID, "scsi0"), a.ImagePath(p.ID, "scsi0"))
 	run(t, "cp", "-r", b.PointDir(full.ID), a.PointDir(p.ID))
 	if err := os.WriteFile(filepath.Join(a.PointDir(p.ID), chain.ManifestFile), text, 0o600); err != nil {
 		t.Fatal(err)

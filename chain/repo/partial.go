@@ -34,7 +34,7 @@ type Partial struct {
 	// ID and UUID of the point to be.
 	ID   chain.ID
 	UUID string
-	// Dir is its folder until the commit.
+	// Dir is its folder until the commit. Its images are in the guest's folder of images from the beginning.
 	Dir string
 
 	// images are the images' files, open from their making to their sync: an error that the kernel meets when it writes back
@@ -42,11 +42,17 @@ type Partial struct {
 	images map[string]*os.File
 }
 
-// Begin makes the folder of a new point, and with it the point's uuid.
+// Begin makes the folder of a new point, and with it the point's uuid. The folder is there before any image is, and tells
+// of them after a crash.
 func (g *Guest) Begin(id chain.ID) (*Partial, error) {
 	p := &Partial{guest: g, ID: id, UUID: NewUUID(), Dir: g.partialDir(id), images: make(map[string]*os.File)}
 	if err := g.Repo.FS.Mkdir(p.Dir, dirMode); err != nil {
 		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
+	}
+	if !exists(g.ImagesDir()) {
+		if err := g.Repo.FS.Mkdir(g.ImagesDir(), dirMode); err != nil {
+			return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
+		}
 	}
 	return p, nil
 }
@@ -81,10 +87,62 @@ func (g *Guest) Partials() ([]chain.ID, error) {
 	return ids, nil
 }
 
-// RemovePartial removes a point in the making with all that is in it.
+// RemovePartial removes a point in the making: its images, and then the folder that tells of them.
 func (g *Guest) RemovePartial(id chain.ID) error {
+	// Should there be a finished point of this id, as in a folder that was copied about, then the images are its.
+	if !exists(g.PointDir(id)) {
+		if err := g.removeImages(id); err != nil {
+			return fmt.Errorf("guest %s: remove unfinished point %s: %w", g.Name, id, err)
+		}
+	}
 	if err := g.Repo.FS.RemoveAll(g.partialDir(id)); err != nil {
 		return fmt.Errorf("guest %s: remove unfinished point %s: %w", g.Name, id, err)
+	}
+	return nil
+}
+
+// Strays returns the names of files in the folder of images that belong to no point, finished or not: a point's folder was
+// removed by hand.
+func (g *Guest) Strays() ([]string, error) {
+	entries, err := os.ReadDir(g.ImagesDir())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	var strays []string
+	for _, e := range entries {
+		name, _, _ := strings.Cut(e.Name(), ".")
+		id, err := chain.ParseID(name)
+		if err == nil && (exists(g.PointDir(id)) || exists(g.partialDir(id))) {
+			continue
+		}
+		strays = append(strays, e.Name())
+	}
+	return strays, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// removeImages removes all images of a point.
+func (g *Guest) removeImages(id chain.ID) error {
+	entries, err := os.ReadDir(g.ImagesDir())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), string(id)+".") {
+			if err := g.Repo.FS.Remove(filepath.Join(g.ImagesDir(), e.Name())); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -109,7 +167,7 @@ type ImageOptions struct {
 // CreateImage makes the empty image of a disk of size bytes, an overlay on parent if that is not nil, and returns its
 // path. The parent is not opened: that it is there and sound is for the caller to know.
 func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, parent *chain.ImageRef, opts ImageOptions) (string, error) {
-	path := filepath.Join(p.Dir, chain.ImageFile(disk))
+	path := p.guest.ImagePath(p.ID, disk)
 	format := fmt.Sprintf("compat=1.1,cluster_size=%d", cmp.Or(opts.ClusterSize, defaultClusterSize))
 	if opts.Compression != "" {
 		format += ",compression_type=" + opts.Compression
@@ -143,24 +201,28 @@ func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, pare
 	return path, nil
 }
 
-// Close closes the images' files. It can be called at any time after the last Finish.
+// Close closes the files of the images that were not finished.
 func (p *Partial) Close() {
 	for _, f := range p.images {
 		_ = f.Close()
 	}
 }
 
-// Finish brings the image of a disk to disk and writes its check sums. It returns the image's size in bytes.
+// Finish brings the image of a disk to disk and writes its check sums. It returns the image's size in bytes. It can be
+// called once.
 func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, error) {
-	path := filepath.Join(p.Dir, chain.ImageFile(disk))
+	path := p.guest.ImagePath(p.ID, disk)
 	fsys := p.guest.Repo.FS
 	if err := fsys.Step("sync", path); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
-	if err := p.images[disk].Sync(); err != nil {
+	f := p.images[disk]
+	delete(p.images, disk)
+	defer f.Close()
+	if err := f.Sync(); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
-	text, size, err := computeSums(ctx, path)
+	text, size, err := computeSums(ctx, f)
 	if err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: check sums: %w", disk, err)
 	}
@@ -188,6 +250,9 @@ func (p *Partial) Commit(lock *Lock, tip chain.ID, m *chain.Manifest) error {
 		return fmt.Errorf("guest %s: manifest of %s: %w", p.guest.Name, p.ID, err)
 	}
 	fsys := p.guest.Repo.FS
+	if err := fsys.SyncDir(p.guest.ImagesDir()); err != nil {
+		return fmt.Errorf("guest %s: images of %s: %w", p.guest.Name, p.ID, err)
+	}
 	if err := fsys.WriteFile(filepath.Join(p.Dir, chain.ManifestFile), text, fileMode); err != nil {
 		return fmt.Errorf("guest %s: manifest of %s: %w", p.guest.Name, p.ID, err)
 	}

@@ -48,8 +48,8 @@ func (g *Guest) layers(points chain.Points, point *chain.Manifest, disk string) 
 	layers := make([]image.Layer, len(lineage))
 	for i, l := range lineage {
 		layers[i] = image.Layer{
-			Path:   filepath.Join(g.PointDir(l.Point.ID), l.Disk.File),
-			Name:   filepath.Join(g.Name, string(l.Point.ID), l.Disk.File),
+			Path:   g.ImagePath(l.Point.ID, l.Disk.Name),
+			Name:   filepath.Join(g.Name, ImagesFolder, l.Disk.File),
 			Format: image.Qcow2,
 			Check:  func(h *qcow2.Header) error { return checkHeader(l, h) },
 			Bytes:  l.Disk.Bytes,

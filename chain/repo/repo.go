@@ -2,12 +2,18 @@
 //
 //	REPO/qmchain.json                         the format and the repository's random id
 //	REPO/110/                                 one folder for each guest
-//	REPO/110/20261120T101523Z-3f9c/           a point: point.json, and for each disk DISK.qcow2 and DISK.sums
+//	REPO/110/images/                          the images of all points, ID.DISK.qcow2
+//	REPO/110/20261120T101523Z-3f9c/           a point: point.json, and for each disk DISK.sums
 //	REPO/110/.20261120T111523Z-81aa.partial/  a point in the making, or what a killed run left; never read
 //	REPO/110/.lock                            held by the one who writes
 //
-// A point comes into being by one rename, after every file in it and its folder are on disk. Nothing in it is changed
-// afterwards. Folders are 0700 and files 0600: images hold all that their guests do.
+// A point comes into being by one rename of its folder, after every file of it is on disk: an image is part of a point
+// only if a point's manifest names it. Nothing of a point is changed afterwards. Folders are 0700 and files 0600: images
+// hold all that their guests do.
+//
+// The images of a guest share one folder because QEMU joins the folders of all backing files of a chain to one path,
+// ".../A/../B/../C", which the system bounds: with a folder for each point no program of QEMU's could open a chain of
+// more than some 160.
 package repo
 
 import (
@@ -27,6 +33,9 @@ import (
 	"qmchain/chain"
 	"qmchain/internal/durable"
 )
+
+// ImagesFolder is the name of the folder with the images of all points of a guest.
+const ImagesFolder = "images"
 
 const (
 	headFile = "qmchain.json"
@@ -223,6 +232,14 @@ func (g *Guest) Point(id chain.ID) (*chain.Manifest, error) {
 
 // PointDir is the folder of a point.
 func (g *Guest) PointDir(id chain.ID) string { return filepath.Join(g.Dir, string(id)) }
+
+// ImagesDir is the folder of the guest's images.
+func (g *Guest) ImagesDir() string { return filepath.Join(g.Dir, ImagesFolder) }
+
+// ImagePath is the path of an image.
+func (g *Guest) ImagePath(id chain.ID, disk string) string {
+	return filepath.Join(g.ImagesDir(), chain.ImageFile(id, disk))
+}
 
 // readFile reads a file of the repository, following no symbolic link in its last part and reading at most limit bytes.
 func readFile(path string, limit int64) ([]byte, error) {

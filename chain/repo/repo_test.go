@@ -96,7 +96,7 @@ func point(t *testing.T, g *Guest, id chain.ID) (*Partial, *chain.Manifest) {
 	return p, &chain.Manifest{
 		Format: 1, ID: id, UUID: p.UUID, Time: time.Now().UTC(), Guest: chain.GuestIdentity{Name: g.Name}, Consistency: chain.Instant,
 		Disks: []chain.Disk{{
-			Name: "scsi0", Level: chain.Full, SourceFormat: "raw", VirtualSize: 1 << 20, File: "scsi0.qcow2", Bytes: bytes, Sums: sums,
+			Name: "scsi0", Level: chain.Full, SourceFormat: "raw", VirtualSize: 1 << 20, File: chain.ImageFile(id, "scsi0"), Bytes: bytes, Sums: sums,
 		}},
 	}
 }
@@ -253,6 +253,43 @@ func TestPartials(t *testing.T) {
 	}
 }
 
+// A point's images go with its folder, those of others stay, and what belongs to no point is known.
+func TestStrays(t *testing.T) {
+	t.Parallel()
+	g := testGuest(t, durable.FS{})
+	l := lock(t, g)
+	if strays, err := g.Strays(); len(strays) > 0 || err != nil {
+		t.Errorf("before any point: %q, %v", strays, err)
+	}
+	p, m := point(t, g, first)
+	if err := p.Commit(l, "", m); err != nil {
+		t.Fatal(err)
+	}
+	point(t, g, second)
+	if strays, err := g.Strays(); len(strays) > 0 || err != nil {
+		t.Errorf("%q, %v", strays, err)
+	}
+	if err := g.RemovePartial(second); err != nil {
+		t.Error(err)
+	}
+	if exists(g.ImagePath(second, "scsi0")) || !exists(g.ImagePath(first, "scsi0")) {
+		t.Error("not the unfinished point's image was removed")
+	}
+	// The folder of an unfinished point beside that of the point itself, as a copying administrator might leave it.
+	if err := os.Mkdir(g.partialDir(first), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.RemovePartial(first); err != nil || exists(g.partialDir(first)) || !exists(g.ImagePath(first, "scsi0")) {
+		t.Errorf("a finished point's image was removed, or not the folder: %v", err)
+	}
+	if err := os.RemoveAll(g.PointDir(first)); err != nil {
+		t.Fatal(err)
+	}
+	if strays, err := g.Strays(); len(strays) != 1 || strays[0] != chain.ImageFile(first, "scsi0") || err != nil {
+		t.Errorf("%q, %v", strays, err)
+	}
+}
+
 // What is in a point's folder is taken for a file of ours only if it is one.
 func TestPointsAreNotFollowedElsewhere(t *testing.T) {
 	t.Parallel()
@@ -301,7 +338,12 @@ func TestSums(t *testing.T) {
 	if err := os.WriteFile(path, make([]byte, sumsBlock+3), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	text, size, err := computeSums(t.Context(), path)
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	text, size, err := computeSums(t.Context(), f)
 	if err != nil || size != sumsBlock+3 {
 		t.Fatal(size, err)
 	}

@@ -16,12 +16,7 @@ const sumsBlock = 4 << 20
 // computeSums reads an image file and returns the text of its sums file and the image's size. The text is a line
 // "qmchain-sums 1 sha256 BLOCK SIZE", both in bytes, and the SHA-256 of each block in hex, a line each; the last block
 // is what remains. `split -b 4M --filter=sha256sum IMAGE` prints the same digests.
-func computeSums(ctx context.Context, path string) (text []byte, size int64, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, 0, err
-	}
-	defer f.Close()
+func computeSums(ctx context.Context, f *os.File) (text []byte, size int64, err error) {
 	info, err := f.Stat()
 	if err != nil {
 		return nil, 0, err

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"qmchain/chain"
+	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
 	"qmchain/internal/durable"
 	"qmchain/internal/testenv"
@@ -168,11 +169,14 @@ func TestDamagedChain(t *testing.T) {
 	b.point(chain.Full)
 	b.write(5)
 	b.point(chain.Inc)
-	points, err := filepath.Glob(filepath.Join(b.repo, "web", "2*"))
-	if err != nil || len(points) != 2 {
-		t.Fatal(points, err)
+	images := func(disk string) []string {
+		paths, err := filepath.Glob(filepath.Join(b.repo, "web", repo.ImagesFolder, "*."+disk+".qcow2"))
+		if err != nil || len(paths) != 2 {
+			t.Fatal(paths, err)
+		}
+		return paths
 	}
-	base, inc := filepath.Join(points[0], "scsi0.qcow2"), filepath.Join(points[1], "scsi0.qcow2")
+	base, inc := images("scsi0")[0], images("scsi0")[1]
 	content := func(path string) []byte {
 		data, err := os.ReadFile(path)
 		if err != nil {
@@ -186,7 +190,7 @@ func TestDamagedChain(t *testing.T) {
 		}
 	}
 	baseData, incData := content(base), content(inc)
-	other := content(filepath.Join(points[0], "virtio1.qcow2"))
+	other := content(images("virtio1")[0])
 	restore := func() { put(base, baseData); put(inc, incData) }
 	for what, damage := range map[string]func(){
 		"missing":   func() { _ = os.Remove(base) },

@@ -93,7 +93,7 @@ func listed(m *chain.Manifest) listPoint {
 	for _, d := range m.Disks {
 		ld := listDisk{
 			Name: d.Name, Level: d.Level, Reason: d.Reason, VirtualSize: d.VirtualSize, Bytes: d.Bytes, Format: "qcow2",
-			File: filepath.Join(m.Guest.Name, string(m.ID), d.File),
+			File: filepath.Join(m.Guest.Name, repo.ImagesFolder, d.File),
 		}
 		if d.Parent != nil {
 			ld.Parent = d.Parent.Point

@@ -27,11 +27,11 @@ func twoPoints() chain.Points {
 	ref := chain.ImageRef{Point: id0, UUID: uuid(1), Disk: "scsi0"}
 	return chain.Points{
 		{ID: id0, UUID: uuid(1), Time: noon, Disks: []chain.Disk{
-			{Name: "scsi0", Level: chain.Full, VirtualSize: 10 << 30, File: "scsi0.qcow2", Bytes: 3 << 30},
+			{Name: "scsi0", Level: chain.Full, VirtualSize: 10 << 30, File: chain.ImageFile(id0, "scsi0"), Bytes: 3 << 30},
 		}},
 		{ID: id1, UUID: uuid(2), Time: noon.Add(time.Hour), Disks: []chain.Disk{
-			{Name: "scsi0", Level: chain.Inc, Parent: &ref, VirtualSize: 10 << 30, File: "scsi0.qcow2", Bytes: 1 << 30},
-			{Name: "efidisk0", Level: chain.Full, VirtualSize: 540672, File: "efidisk0.qcow2", Bytes: 720896},
+			{Name: "scsi0", Level: chain.Inc, Parent: &ref, VirtualSize: 10 << 30, File: chain.ImageFile(id1, "scsi0"), Bytes: 1 << 30},
+			{Name: "efidisk0", Level: chain.Full, VirtualSize: 540672, File: chain.ImageFile(id1, "efidisk0"), Bytes: 720896},
 		}},
 	}
 }

@@ -258,7 +258,7 @@ func ReadPoint(tb testenv.TB, qemu testenv.QEMU, dir, guest string, id chain.ID)
 	disks := make(map[string][]byte)
 	for _, d := range point.Disks {
 		raw := filepath.Join(tmp, d.Name)
-		testenv.Output(tb, qemu.Img, "convert", "-f", "qcow2", "-O", "raw", filepath.Join(g.PointDir(id), d.File), raw)
+		testenv.Output(tb, qemu.Img, "convert", "-f", "qcow2", "-O", "raw", g.ImagePath(id, d.Name), raw)
 		want, err := os.ReadFile(raw)
 		if err != nil {
 			tb.Fatalf("%v", err)

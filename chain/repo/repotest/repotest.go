@@ -121,6 +121,7 @@ func (g *Guest) add(disks []Disk) (*chain.Manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer p.Close()
 	m := &chain.Manifest{
 		Format:      chain.FormatVersion,
 		ID:          id,
@@ -162,7 +163,7 @@ func (g *Guest) add(disks []Disk) (*chain.Manifest, error) {
 
 // store makes the image of one disk.
 func (g *Guest) store(ctx context.Context, p *repo.Partial, d Disk) (*chain.Disk, error) {
-	out := &chain.Disk{Name: d.Name, Level: chain.Full, SourceFormat: "raw", File: chain.ImageFile(d.Name)}
+	out := &chain.Disk{Name: d.Name, Level: chain.Full, SourceFormat: "raw", File: chain.ImageFile(p.ID, d.Name)}
 	from := made{Disk: d}
 	if parent, ok := g.tip[d.Name]; ok && !d.Full {
 		from.parent, out.Parent, out.Level = &parent, &parent, chain.Inc
@@ -201,8 +202,8 @@ func (g *Guest) store(ctx context.Context, p *repo.Partial, d Disk) (*chain.Disk
 	return out, nil
 }
 
-// write does the writes of one image by one run of qemu-io. The image is opened with its parents, as long as the folder
-// of the unfinished point is a neighbour of theirs: a write of a part of a cluster copies the rest of it from them.
+// write does the writes of one image by one run of qemu-io. The image is opened with its parents: a write of a part
+// of a cluster copies the rest of it from them.
 func (g *Guest) write(ctx context.Context, p *repo.Partial, path string, from made) error {
 	var script strings.Builder
 	for _, w := range from.Write {
@@ -279,11 +280,6 @@ func (g *Guest) fill(data []byte, ref chain.ImageRef) error {
 		copy(part, bytes.Repeat([]byte{w.Fill}, len(part)))
 	}
 	return nil
-}
-
-// ImagePath is the path of the image of a disk in a point.
-func (g *Guest) ImagePath(id chain.ID, disk string) string {
-	return filepath.Join(g.PointDir(id), chain.ImageFile(disk))
 }
 
 // RandomWrites returns n writes to a disk of size bytes, of whole sectors and of whole clusters, with zeroes and

@@ -65,3 +65,24 @@ func TestWant(t *testing.T) {
 		}
 	}
 }
+
+// QEMU's programs open a chain of a year of daily points, and more.
+func TestLongChain(t *testing.T) {
+	t.Parallel()
+	const size, length = 1 << 20, 400
+	g := repotest.NewGuest(t, repotest.New(t, t.TempDir()), "110", time.Date(2026, 11, 20, 10, 15, 23, 0, time.UTC))
+	g.Add(repotest.Disk{Name: "scsi0", Size: size, Write: repotest.RandomWrites(1, 8, size, 10)})
+	for range length - 2 {
+		g.Add(repotest.Disk{Name: "scsi0"})
+	}
+	last := g.Add(repotest.Disk{Name: "scsi0", Write: repotest.RandomWrites(2, 8, size, 90)})
+	out := filepath.Join(t.TempDir(), "out.raw")
+	repotest.Convert(t, g.ImagePath(last.ID, "scsi0"), out)
+	got, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, g.Want(last.ID, "scsi0")) {
+		t.Error("what qemu-img read differs")
+	}
+}
