@@ -14,25 +14,48 @@ import (
 // maxWorkers is how many copies of all disks together may be under way in QEMU at the same time.
 const maxWorkers = 16
 
+// atOnce is how many images are made, and how many are brought to disk, at once.
+const atOnce = 4
+
 // node names of a disk's parts, by its place in the plan: disks' own names could be too long for QEMU.
 func nodeName(prefix string, i int) string { return fmt.Sprintf("%s%d", prefix, i) }
 
-// addImages makes the images of the point and has QEMU open them.
+// makeImages makes the images of the point, and the fleece images.
+func (s *session) makeImages(ctx context.Context) error {
+	n := len(s.plan.Disks)
+	s.images = make([]string, n)
+	if !s.cfg.Fleecing.Off {
+		s.fleeces = make([]fleece, n)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(atOnce)
+	for i, d := range s.plan.Disks {
+		group.Go(func() error { return s.makeImage(ctx, i, d) })
+		if !s.cfg.Fleecing.Off {
+			group.Go(func() error { return s.makeFleece(ctx, i, d) })
+		}
+	}
+	return group.Wait()
+}
+
+func (s *session) makeImage(ctx context.Context, i int, d PlannedDisk) error {
+	var parent *chain.ImageRef
+	if d.Parent != nil {
+		ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
+		parent = &ref
+	}
+	path, err := s.partial.CreateImage(ctx, d.Name, d.Size, parent, s.cfg.Copying.image())
+	if err != nil {
+		return err
+	}
+	s.images[i], err = filepath.Abs(path) // QEMU's working folder is another one
+	return err
+}
+
+// addImages has QEMU open the images of the point.
 func (s *session) addImages(ctx context.Context) error {
 	for i, d := range s.plan.Disks {
-		var parent *chain.ImageRef
-		if d.Parent != nil {
-			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
-			parent = &ref
-		}
-		path, err := s.partial.CreateImage(ctx, d.Name, d.Size, parent, s.cfg.Copying.image())
-		if err != nil {
-			return err
-		}
-		abs, err := filepath.Abs(path) // QEMU's working folder is another one
-		if err != nil {
-			return err
-		}
+		abs := s.images[i]
 		file := s.cfg.Copying.file(nodeName(targetPrefix, i)+fileSuffix, abs)
 		if err := s.addImage(ctx, nodeName(targetPrefix, i), file, d.Name); err != nil {
 			return fmt.Errorf("%w: can QEMU's user open %s?", err, abs)
@@ -181,7 +204,13 @@ func (s *session) startCopy(ctx context.Context, i int, d PlannedDisk, version q
 
 // await waits for the end of a disk's job.
 func (s *session) await(ctx context.Context, i int, d PlannedDisk) error {
-	err := s.qmp.WaitJob(ctx, s.jobID(i), func(j qmp.Job) { s.cfg.Progress.Disk(d.Name, j.Current, j.Total) })
+	err := s.qmp.WaitJob(ctx, s.jobID(i), func(j qmp.Job) {
+		var fleece int64
+		if !s.cfg.Fleecing.Off {
+			fleece = s.fleeces[i].used()
+		}
+		s.cfg.Progress.Disk(d.Name, j.Current, j.Total, fleece)
+	})
 	if err != nil {
 		return fmt.Errorf("disk %s: %w", d.Name, err)
 	}

@@ -114,27 +114,26 @@ func (f Fleecing) describe(log logrus.FieldLogger, disks []PlannedDisk) {
 	}
 }
 
-// reportFleece logs how much of the fleece images was used.
-func (s *session) reportFleece(ctx context.Context) {
-	if s.cfg.Fleecing.Off {
-		return
-	}
-	nodes, err := s.qmp.QueryNamedBlockNodes(ctx)
-	if err != nil {
-		return // it is for people only
-	}
-	var used int64
-	for _, n := range nodes {
-		if strings.HasPrefix(n.NodeName, fleecePrefix) {
-			used += n.Image.ActualSize
-		}
-	}
-	s.log.Infof("fleece images hold %s", humanize.IBytes(uint64(used)))
+// fleece is the image that saves what the guest overwrites on one disk during a run.
+type fleece struct {
+	path string   // "": QEMU has it open, and its name is gone
+	file *os.File // open, to see how much it holds
+	peak int64    // the most that it was seen to hold, in bytes
 }
 
-// addFleece makes the image that saves what the guest overwrites. Its name goes as soon as QEMU has opened it, so that no
-// crash leaves it behind.
-func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
+// used returns how much of the host's disk the image takes, in bytes.
+func (f *fleece) used() int64 {
+	var st syscall.Stat_t
+	if f.file == nil || syscall.Fstat(int(f.file.Fd()), &st) != nil {
+		return 0 // it is for people only
+	}
+	used := st.Blocks * 512
+	f.peak = max(f.peak, used)
+	return used
+}
+
+// makeFleece makes the fleece image of a disk.
+func (s *session) makeFleece(ctx context.Context, i int, d PlannedDisk) error {
 	path, err := filepath.Abs(s.cfg.Fleecing.path(s.mutex.id, i))
 	if err != nil {
 		return err
@@ -147,21 +146,58 @@ func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
 	if err != nil {
 		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
 	}
-	_ = f.Close()
-	defer os.Remove(path)
+	s.fleeces[i] = fleece{path: path, file: f}
 	if _, err := child.Run(ctx, time.Minute, s.repo.QemuImg, "create", "-q", "-f", "qcow2", path, fmt.Sprint(d.Size)); err != nil {
 		return fmt.Errorf("disk %s: make its fleece image: %w", d.Name, err)
 	}
-	file := map[string]any{"driver": "file", "filename": path, "discard": "unmap", "cache": map[string]any{"no-flush": true}}
 	if limit := s.cfg.Fleecing.Limit; limit > 0 {
-		// A window on a file of that size, as if it were a block device: what does not fit fails.
-		if err := os.Truncate(path, limit); err != nil {
+		if err := f.Truncate(limit); err != nil {
 			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
+	}
+	return nil
+}
+
+// addFleece has QEMU open a fleece image. Its name goes as soon as that is done, so that no crash leaves it behind.
+func (s *session) addFleece(ctx context.Context, i int, d PlannedDisk) error {
+	f := &s.fleeces[i]
+	file := map[string]any{"driver": "file", "filename": f.path, "discard": "unmap", "cache": map[string]any{"no-flush": true}}
+	if limit := s.cfg.Fleecing.Limit; limit > 0 {
+		// A window on a file of that size, as if it were a block device: what does not fit fails.
 		file = map[string]any{"driver": "raw", "size": limit, "discard": "unmap", "file": file}
 	}
 	if err := s.addImage(ctx, nodeName(fleecePrefix, i), file, d.Name); err != nil {
 		return fmt.Errorf("%w: can QEMU's user open files in %s?", err, s.cfg.Fleecing.Dir)
 	}
+	if err := os.Remove(f.path); err != nil {
+		return fmt.Errorf("disk %s: fleece image: %w", d.Name, err)
+	}
+	path := f.path
+	f.path = ""
 	return s.repo.FS.Step("remove", path)
+}
+
+// reportFleece logs how much the fleece images held.
+func (s *session) reportFleece() {
+	if s.cfg.Fleecing.Off {
+		return
+	}
+	var peak int64
+	for i := range s.fleeces {
+		s.fleeces[i].used()
+		peak += s.fleeces[i].peak
+	}
+	s.log.Infof("fleece images held %s", humanize.IBytes(uint64(peak)))
+}
+
+// dropFleece lets go of the fleece images, and removes those that QEMU did not open.
+func (s *session) dropFleece() {
+	for _, f := range s.fleeces {
+		if f.path != "" {
+			_ = os.Remove(f.path)
+		}
+		if f.file != nil {
+			_ = f.file.Close()
+		}
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -150,6 +151,91 @@ func TestFleeceLimit(t *testing.T) {
 			t.Fatalf("with a limit that is high enough: %v", err)
 		}
 		r.check(result.Point, r.ledger.Now()-1, r.ledger.Now())
+	})
+}
+
+// peaks notes the most that fleece images were seen to hold.
+type peaks struct {
+	mu     sync.Mutex
+	fleece map[string]int64
+}
+
+func (p *peaks) Disk(name string, _, _, fleece int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fleece[name] = max(p.fleece[name], fleece)
+}
+
+func TestFleeceUse(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, testenv.Host(t), testenv.Drive)
+	for _, disk := range []string{"scsi0", "virtio1"} {
+		if err := r.ledger.Fill(disk, 0, diskSize, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := &peaks{fleece: make(map[string]int64)}
+	if _, err := r.runWith(func(c *backup.Config) { c.Progress, c.Addr = seen, r.overwrites(2) }); err != nil {
+		t.Fatal(err)
+	}
+	if seen.fleece["scsi0"] < diskSize || seen.fleece["virtio1"] > 1<<20 {
+		t.Errorf("%+v, while all of scsi0 was overwritten and nothing of virtio1", seen.fleece)
+	}
+}
+
+// What the guest writes waits for the fleece no longer than it may. The backup fails then, as what was overwritten is lost
+// to it.
+func TestFleeceTooSlow(t *testing.T) {
+	t.Parallel()
+	eachInOneStyle(t, func(t *testing.T, q testenv.QEMU, style testenv.Style) {
+		r := newRig(t, q, style)
+		if err := r.ledger.Fill("scsi0", 0, diskSize, 1); err != nil {
+			t.Fatal(err)
+		}
+		disk := filepath.Join(t.TempDir(), "disk")
+		testenv.Output(t, "truncate", "--size=32M", disk)
+		testenv.Output(t, "mkfs.ext4", "-q", disk)
+		testenv.Output(t, "mount", "-o", "loop", disk, r.fleece)
+		if err := os.Remove(filepath.Join(r.fleece, "lost+found")); err != nil {
+			t.Fatal(err)
+		}
+		frozen := false
+		freeze := func(what string, want bool) {
+			if frozen == want {
+				testenv.Output(t, "fsfreeze", what, r.fleece)
+				frozen = !frozen
+			}
+		}
+		t.Cleanup(func() {
+			freeze("--unfreeze", true)
+			testenv.Output(t, "umount", "-l", r.fleece)
+		})
+		r.run(chain.Full)
+		r.write(5)
+		took := time.Duration(0)
+		_, err := r.runWith(func(c *backup.Config) {
+			c.Fleecing.Timeout = 2 * time.Second
+			c.Addr = r.proxyAfter("blockdev-reopen", func() {
+				if took > 0 {
+					return
+				}
+				freeze("--freeze", false)
+				began := time.Now()
+				if err := r.ledger.Fill("scsi0", 0, 64<<10, 2); err != nil {
+					t.Errorf("the guest's write: %v", err)
+				}
+				took = time.Since(began)
+				freeze("--unfreeze", true)
+			})
+		})
+		if err == nil || errors.Is(err, backup.ErrUndo) {
+			t.Errorf("with a fleece that hangs: %v", err)
+		}
+		if took < 2*time.Second || took > 10*time.Second {
+			t.Errorf("the guest's write took %s, with 2s as the limit", took)
+		}
+		r.clean(1)
+		r.run(chain.Inc)
 	})
 }
 

@@ -88,7 +88,7 @@ func eachInOneStyle(t *testing.T, f func(*testing.T, testenv.QEMU, testenv.Style
 
 type silent struct{}
 
-func (silent) Disk(string, int64, int64) {}
+func (silent) Disk(string, int64, int64, int64) {}
 
 func (r *rig) config(level chain.Level) backup.Config {
 	return backup.Config{

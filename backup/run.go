@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
@@ -24,7 +25,8 @@ const (
 
 // Progress is told how far the copying of each disk has come, in bytes. Its methods are called concurrently.
 type Progress interface {
-	Disk(name string, done, total int64)
+	// Disk says how much of how much is copied, and what the disk's fleece image holds.
+	Disk(name string, done, total, fleece int64)
 }
 
 // Config is all that a run needs.
@@ -83,6 +85,8 @@ type session struct {
 	points  chain.Points
 	tip     chain.ID
 	partial *repo.Partial
+	images  []string // paths of the point's images, in the order of the plan's disks
+	fleeces []fleece // likewise; nil without fleecing
 	plan    *Plan
 	result  *Result
 
@@ -231,6 +235,10 @@ func (s *session) run(ctx context.Context) error {
 		return err
 	}
 	defer s.partial.Close()
+	defer s.dropFleece()
+	if err := s.makeImages(ctx); err != nil {
+		return err
+	}
 	if err := s.addImages(ctx); err != nil {
 		return err
 	}
@@ -242,7 +250,7 @@ func (s *session) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.reportFleece(ctx)
+	s.reportFleece()
 	if err := s.settle(ctx); err != nil {
 		return err
 	}
@@ -364,8 +372,11 @@ func (s *session) commit(ctx context.Context, v *view) error {
 		Disks: make([]chain.Disk, len(s.plan.Disks)),
 	}
 	m.Guest.Name = s.cfg.Guest
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(atOnce)
 	for i, d := range s.plan.Disks {
-		disk := chain.Disk{
+		disk := &m.Disks[i]
+		*disk = chain.Disk{
 			Name: d.Name, Level: d.Level, Reason: d.Reason, SourceFormat: d.Driver, VirtualSize: d.Size,
 			File: chain.ImageFile(s.partial.ID, d.Name),
 		}
@@ -376,11 +387,13 @@ func (s *session) commit(ctx context.Context, v *view) error {
 			ref := d.Parent.Point.Ref(d.Parent.Disk.Name)
 			disk.Parent = &ref
 		}
-		var err error
-		if disk.Bytes, disk.Sums, err = s.partial.Finish(ctx, d.Name); err != nil {
+		group.Go(func() (err error) {
+			disk.Bytes, disk.Sums, err = s.partial.Finish(ctx, d.Name)
 			return err
-		}
-		m.Disks[i] = disk
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
 	}
 	if err := s.partial.Commit(s.lock, s.tip, m); err != nil {
 		// Only the sync after the rename can have failed if the point is in place; without it a power loss could undo it.

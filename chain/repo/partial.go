@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"qmchain/chain"
@@ -28,7 +29,7 @@ const (
 	createLimit = 2 * time.Minute
 )
 
-// Partial is a point in the making.
+// Partial is a point in the making. CreateImage and Finish can be called for several disks at once.
 type Partial struct {
 	guest *Guest
 	// ID and UUID of the point to be.
@@ -39,6 +40,7 @@ type Partial struct {
 
 	// images are the images' files, open from their making to their sync: an error that the kernel meets when it writes back
 	// what QEMU has written is then told to us, whoever else is told.
+	mu     sync.Mutex
 	images map[string]*os.File
 }
 
@@ -194,7 +196,9 @@ func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, pare
 	if err != nil {
 		return "", fmt.Errorf("disk %s: %w", disk, err)
 	}
+	p.mu.Lock()
 	p.images[disk] = f
+	p.mu.Unlock()
 	if err := qcow2.SetIdentity(f, identity(chain.ImageRef{UUID: p.UUID, Disk: disk})); err != nil {
 		return "", fmt.Errorf("disk %s: %w", disk, err)
 	}
@@ -216,8 +220,10 @@ func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, e
 	if err := fsys.Step("sync", path); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
+	p.mu.Lock()
 	f := p.images[disk]
 	delete(p.images, disk)
+	p.mu.Unlock()
 	defer f.Close()
 	if err := f.Sync(); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)

@@ -88,7 +88,7 @@ func Open(dir string, fsys durable.FS) (*Repo, error) {
 	if b, err := hex.DecodeString(h.ID); err != nil || len(b) != 16 {
 		return nil, fmt.Errorf("%s/%s: %w: %q is not a repository's id", dir, headFile, chain.ErrDamaged, h.ID)
 	}
-	return &Repo{Dir: dir, ID: h.ID, FS: fsys, QemuImg: "qemu-img"}, nil
+	return &Repo{Dir: dir, ID: h.ID, FS: fsys.Serial(), QemuImg: "qemu-img"}, nil
 }
 
 // OpenOrCreate opens a repository, or makes one in an existing empty folder. A folder with other things in it is an

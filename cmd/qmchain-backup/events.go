@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize"
+
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/internal/durable"
@@ -18,6 +20,8 @@ type progressEvent struct {
 	Disk  string `json:"disk"`
 	Done  int64  `json:"done"` // bytes
 	Total int64  `json:"total"`
+	// Fleece is what the disk's fleece image takes, in bytes.
+	Fleece int64 `json:"fleece"`
 }
 
 type pointEvent struct {
@@ -57,11 +61,11 @@ func newObserver(u *ui.UI, asJSON bool) *observer {
 }
 
 // Disk implements backup.Progress.
-func (o *observer) Disk(name string, done, total int64) {
+func (o *observer) Disk(name string, done, total, fleece int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.asJSON {
-		if err := o.u.Event(progressEvent{"progress", name, done, total}); err != nil {
+		if err := o.u.Event(progressEvent{"progress", name, done, total, fleece}); err != nil {
 			o.u.Log.Debug(err)
 		}
 		return
@@ -72,6 +76,9 @@ func (o *observer) Disk(name string, done, total int64) {
 		o.disks[name] = bar
 	}
 	bar.Set(done, total)
+	if fleece >= 1<<20 { // less is the empty image
+		bar.Note("fleece " + humanize.IBytes(uint64(fleece)))
+	}
 }
 
 // end ends the display, and sends the last event.

@@ -37,7 +37,7 @@ func styleOf(q testenv.QEMU) testenv.Style {
 
 type silent struct{}
 
-func (silent) Disk(string, int64, int64) {}
+func (silent) Disk(string, int64, int64, int64) {}
 
 // config is a run as the program makes it with default flags.
 func config(addr, dir, fleece string, level chain.Level) backup.Config {

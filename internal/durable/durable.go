@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 )
 
 // FS makes durable changes. The zero value is ready for use.
@@ -19,6 +20,20 @@ type FS struct {
 	// Before, if not nil, is called before every single change with its kind ("create", "write", "sync", "rename",
 	// "mkdir", "remove", …) and the path that it changes. An error from it takes the place of the change.
 	Before func(op, path string) error
+}
+
+// Serial returns f with its hook called by one goroutine at a time.
+func (f FS) Serial() FS {
+	before := f.Before
+	if before == nil {
+		return f
+	}
+	var mu sync.Mutex
+	return FS{Before: func(op, path string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		return before(op, path)
+	}}
 }
 
 // Step announces a change that is about to be made by other means than this package, a child process for one, so that

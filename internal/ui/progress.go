@@ -28,6 +28,8 @@ type Progress interface {
 type Bar interface {
 	// Set says how many bytes of how many are done. The total may change from call to call.
 	Set(done, total int64)
+	// Note says something more about the disk, in a few words; "" takes it back.
+	Note(text string)
 }
 
 // NewProgress returns the Progress that fits: bars on a terminal, a log line every ten seconds elsewhere, and nothing
@@ -47,6 +49,7 @@ type silent struct{}
 
 func (silent) Bar(string, int64) Bar { return silent{} }
 func (silent) Set(int64, int64)      {}
+func (silent) Note(string)           {}
 func (silent) Done()                 {}
 
 // meter turns byte counts into a rate. The rate is a moving average: a disk's empty parts pass at no time, and the mean
@@ -57,6 +60,7 @@ type meter struct {
 	rate        float64 // bytes per second
 	at          time.Time
 	atDone      int64
+	note        string
 }
 
 // The average's memory, and the least time between two samples.
@@ -85,10 +89,24 @@ func (m *meter) set(done, total int64, now time.Time) {
 	m.at, m.atDone = now, done
 }
 
-// text is "1.2 GiB of 32 GiB, 210 MiB/s, 2m30s left".
+func (m *meter) setNote(text string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.note = text
+}
+
+// text is "1.2 GiB of 32 GiB, 210 MiB/s, 2m30s left", and the note.
 func (m *meter) text() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	s := m.figures()
+	if m.note != "" {
+		s += ", " + m.note
+	}
+	return s
+}
+
+func (m *meter) figures() string {
 	s := humanize.IBytes(uint64(max(0, m.done)))
 	if m.total > 0 {
 		s += " of " + humanize.IBytes(uint64(m.total))
@@ -148,6 +166,8 @@ func (b *bar) Set(done, total int64) {
 	b.mpb.SetCurrent(done)
 }
 
+func (b *bar) Note(text string) { b.meter.setNote(text) }
+
 func (p *bars) Done() {
 	p.mu.Lock()
 	for _, b := range p.all {
@@ -200,6 +220,8 @@ func (p *lines) Bar(name string, total int64) Bar {
 }
 
 func (l *line) Set(done, total int64) { l.meter.set(done, total, time.Now()) }
+
+func (l *line) Note(text string) { l.meter.setNote(text) }
 
 func (p *lines) report() {
 	p.mu.Lock()

@@ -410,6 +410,8 @@ func TestProgressBars(t *testing.T) {
 		time.Sleep(30 * time.Millisecond)
 	}
 	wg.Wait()
+	scsi1.Note("fleece 2.0 MiB")
+	scsi1.Set(9<<10, 1<<20)
 	p.Done()
 	u.Log.Info("after")
 	got := seen()
@@ -421,7 +423,7 @@ func TestProgressBars(t *testing.T) {
 	if !strings.HasSuffix(got, "after\n") {
 		t.Errorf("the log does not go on after the bars: %q", got)
 	}
-	for _, want := range []string{"scsi0", "efidisk0", "100 %", "1.0 GiB of 1.0 GiB", "9.0 KiB of 1.0 MiB"} {
+	for _, want := range []string{"scsi0", "efidisk0", "100 %", "1.0 GiB of 1.0 GiB", "9.0 KiB of 1.0 MiB", "fleece 2.0 MiB"} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in %q", want, got)
 		}
