@@ -185,3 +185,37 @@ func TestShareNotMounted(t *testing.T) {
 	}
 	r.run(chain.Inc)
 }
+
+// Two hosts that back up guests of one name to a share on which locks reach no further than the host: whoever comes second
+// to the commit fails, and no chain has a wrong link.
+func TestTwoHostsWithoutLocks(t *testing.T) {
+	t.Parallel()
+	same := func(c *testenv.Config) { c.UUID = "7f3c0a52-6a0b-4d0e-9d53-0d1f8d1b7c11" }
+	a, b := newRig(t, testenv.Host(t), testenv.Throttle, same), newRig(t, testenv.Host(t), testenv.Drive, same)
+	b.repo = a.repo
+	a.write(10)
+	b.write(10)
+	a.run(chain.Full)
+	other := false
+	a.fs.Before = func(op, path string) error {
+		if other || op != "write" || filepath.Base(path) != chain.ManifestFile {
+			return nil
+		}
+		other = true
+		// What this host has locked is not locked on the other one.
+		if err := os.Rename(filepath.Join(a.repo, "web", ".lock"), filepath.Join(a.repo, "web", ".lock-of-another-host")); err != nil {
+			return err
+		}
+		b.run(chain.Full)
+		return nil
+	}
+	if _, err := a.runWith(func(*backup.Config) {}); err == nil || errors.Is(err, backup.ErrUndo) {
+		t.Errorf("with another host's point in between: %v", err)
+	}
+	a.fs.Before = nil
+	a.clean(0) // its bitmaps did not record from the newest point
+	a.write(5)
+	a.run(chain.Full)
+	b.write(5)
+	b.run(chain.Full)
+}
