@@ -29,7 +29,7 @@ template=$cache/$suite
 	mv "$template.new" "$template"
 ) 9>"$template.lock"
 
-root=$(mktemp -d "$cache/$suite.XXXXXX")
+root=$(TMPDIR=$cache mktemp -d)
 # Nothing is mounted here but in the name space below, which ends first.
 trap 'rm -rf --one-file-system "$root"' EXIT
 cp -a "$template/." "$root"
@@ -53,6 +53,8 @@ unshare --mount --propagation private --pid --fork --kill-child -- bash -c '
 	set -euo pipefail
 	root=$1
 	shift
+	# A root that is a mount of its own, as that of a machine is.
+	mount --bind "$root" "$root"
 	mount -t proc proc "$root/proc"
 	mount --rbind /sys "$root/sys"
 	mount --rbind /dev "$root/dev"
