@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"qmchain/chain"
+	"qmchain/chain/retain"
 	"qmchain/internal/child"
 	"qmchain/qmp"
 )
@@ -69,8 +70,26 @@ func Doctor(ctx context.Context, cfg Config, images []string, fix bool, breakLoc
 	return findings, nil
 }
 
+// finishMerges ends what a crash has cut off in the removal of points. It has a lock of its own, as that goes on beside runs.
+func (s *session) finishMerges(ctx context.Context) error {
+	unfinished, err := retain.Unfinished(s.guest)
+	if err != nil || len(unfinished) == 0 {
+		return err
+	}
+	lock, err := s.guest.LockPrune(ctx, s.cfg.LockWait)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	_, err = (&retain.Remover{Guest: s.guest, Log: s.log}).Sweep(ctx)
+	return err
+}
+
 // fix recovers as a run does.
 func (s *session) fix(ctx context.Context, images []string) (err error) {
+	if err := s.finishMerges(ctx); err != nil {
+		return err
+	}
 	if s.lock, err = s.guest.Lock(ctx, s.cfg.LockWait); err != nil {
 		return err
 	}
@@ -145,6 +164,13 @@ func (s *session) examine(ctx context.Context, images []string) ([]Finding, erro
 	}
 	for _, id := range partials {
 		add("repository", true, "unfinished point %s", id)
+	}
+	unfinished, err := retain.Unfinished(s.guest)
+	if err != nil {
+		return nil, err
+	}
+	for _, text := range unfinished {
+		add("repository", true, "%s", text)
 	}
 	strays, err := s.guest.Strays()
 	if err != nil {

@@ -56,7 +56,7 @@ func TestNames(t *testing.T) {
 func fullDisk(name string) Disk {
 	return Disk{
 		Name: name, Level: Full, SourceFormat: "qcow2", VirtualSize: 1 << 20, Bytes: 196616,
-		Sums: Sums{File: SumsFile(name), SHA256: sha},
+		Sums: Sums{File: SumsFile(name, 0), SHA256: sha},
 	}
 }
 

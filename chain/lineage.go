@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// Points are the points of one guest, oldest first.
+// Points are the points of one guest, oldest first; among them those that were removed but are the bases of others.
 type Points []*Manifest
 
 // ErrNoPoint is wrapped where a point or a disk that was asked for does not exist.
@@ -29,10 +29,26 @@ func (ps Points) Find(id ID) *Manifest {
 
 // Latest returns the newest point, or nil.
 func (ps Points) Latest() *Manifest {
-	if len(ps) == 0 {
-		return nil
+	for _, m := range slices.Backward(ps) {
+		if !m.Base {
+			return m
+		}
 	}
-	return ps[len(ps)-1]
+	return nil
+}
+
+// Kept returns the points without those that are only bases of others.
+func (ps Points) Kept() Points {
+	if !slices.ContainsFunc(ps, func(m *Manifest) bool { return m.Base }) {
+		return ps
+	}
+	var kept Points
+	for _, m := range ps {
+		if !m.Base {
+			kept = append(kept, m)
+		}
+	}
+	return kept
 }
 
 // Resolve finds the point that the user named: "latest", an id, or a prefix that only one id has.
@@ -44,7 +60,7 @@ func (ps Points) Resolve(name string) (*Manifest, error) {
 		return nil, fmt.Errorf("the guest has no point: %w", ErrNoPoint)
 	}
 	var found *Manifest
-	for _, m := range ps {
+	for _, m := range ps.Kept() {
 		if !strings.HasPrefix(string(m.ID), name) {
 			continue
 		}

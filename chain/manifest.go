@@ -102,6 +102,30 @@ type Disk struct {
 	Bytes        int64     `json:"bytes"`         // size of that file
 	Sums         Sums      `json:"sums"`
 	Tracking     *Tracking `json:"tracking,omitempty"`
+
+	// Generation counts how often the image has taken in its parent's, which was removed. Only then is an image changed:
+	// what the disk reads as stays the same.
+	Generation int `json:"generation,omitempty"`
+	// Next is there while the image of the next generation is about to take this one's place: the file is one or the other.
+	Next *Next `json:"next,omitempty"`
+	// Merging is there while the image of a base is being merged with that of its child, which it names. Until then nobody
+	// needs the base but those that descend from this child, for whom what is written to it is hidden.
+	Merging *ImageRef `json:"merging,omitempty"`
+}
+
+// Next is what the next generation of an image changes of a Disk.
+type Next struct {
+	Level  Level     `json:"level"`
+	Parent *ImageRef `json:"parent,omitempty"`
+	Bytes  int64     `json:"bytes"`
+	Sums   Sums      `json:"sums"`
+}
+
+// Advance makes the next generation of the image the one that is there.
+func (d *Disk) Advance() {
+	d.Level, d.Parent, d.Bytes, d.Sums = d.Next.Level, d.Next.Parent, d.Next.Bytes, d.Next.Sums
+	d.Generation++
+	d.Next = nil
 }
 
 // Manifest describes one point. It is written last, and is what makes a folder a point.
@@ -116,6 +140,10 @@ type Manifest struct {
 	Protected   bool          `json:"protected,omitempty"`
 	QEMU        string        `json:"qemu"`
 	Disks       []Disk        `json:"disks"`
+
+	// Base is set on a point that was removed, and is still there because points that are kept need its images, or somebody
+	// reads it. It is not in the file but in the name of its folder.
+	Base bool `json:"-"`
 }
 
 // Level is the level of all disks, or Mixed.
@@ -245,30 +273,8 @@ func (d *Disk) validate(point ID) error {
 	if err := CheckDiskName(d.Name); err != nil {
 		return err
 	}
-	switch d.Level {
-	case Full, Copy:
-		if d.Parent != nil {
-			return fmt.Errorf("level %s with a parent", d.Level)
-		}
-	case Inc, Diff:
-		if d.Parent == nil {
-			return fmt.Errorf("level %s without a parent", d.Level)
-		}
-		if _, err := ParseID(string(d.Parent.Point)); err != nil {
-			return fmt.Errorf("parent: %w", err)
-		}
-		if err := checkUUID(d.Parent.UUID); err != nil {
-			return fmt.Errorf("parent: %w", err)
-		}
-		if err := CheckDiskName(d.Parent.Disk); err != nil {
-			return fmt.Errorf("parent: %w", err)
-		}
-		// This is also what keeps a made-up manifest from closing a ring.
-		if d.Parent.Point >= point {
-			return fmt.Errorf("parent %s is not older than the point", d.Parent.Point)
-		}
-	default:
-		return fmt.Errorf("unknown level %q", d.Level)
+	if err := checkParent(point, d.Level, d.Parent); err != nil {
+		return err
 	}
 	if d.VirtualSize <= 0 || d.VirtualSize%512 != 0 {
 		return fmt.Errorf("virtual size %d is not a positive multiple of 512", d.VirtualSize)
@@ -276,16 +282,72 @@ func (d *Disk) validate(point ID) error {
 	if file := ImageFile(point, d.Name); d.File != file {
 		return fmt.Errorf("image file %q, not %q", d.File, file)
 	}
-	if d.Sums.File != SumsFile(d.Name) {
-		return fmt.Errorf("sums file %q, not %q", d.Sums.File, SumsFile(d.Name))
+	if d.Generation < 0 || d.Generation > 1<<30 {
+		return fmt.Errorf("generation %d", d.Generation)
 	}
-	if d.Bytes <= 0 {
-		return fmt.Errorf("image of %d bytes", d.Bytes)
+	if err := d.checkFile(d.Bytes, d.Sums, d.Generation); err != nil {
+		return err
 	}
-	if b, err := hex.DecodeString(d.Sums.SHA256); err != nil || len(b) != sha256.Size {
-		return fmt.Errorf("%q is not a SHA-256", d.Sums.SHA256)
+	if d.Next != nil {
+		if err := checkParent(point, d.Next.Level, d.Next.Parent); err != nil {
+			return fmt.Errorf("next generation: %w", err)
+		}
+		if err := d.checkFile(d.Next.Bytes, d.Next.Sums, d.Generation+1); err != nil {
+			return fmt.Errorf("next generation: %w", err)
+		}
+	}
+	if d.Merging != nil {
+		if err := d.Merging.validate(); err != nil {
+			return fmt.Errorf("merging: %w", err)
+		}
 	}
 	return nil
+}
+
+func checkParent(point ID, level Level, parent *ImageRef) error {
+	switch level {
+	case Full, Copy:
+		if parent != nil {
+			return fmt.Errorf("level %s with a parent", level)
+		}
+	case Inc, Diff:
+		if parent == nil {
+			return fmt.Errorf("level %s without a parent", level)
+		}
+		if err := parent.validate(); err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+		// This is also what keeps a made-up manifest from closing a ring.
+		if parent.Point >= point {
+			return fmt.Errorf("parent %s is not older than the point", parent.Point)
+		}
+	default:
+		return fmt.Errorf("unknown level %q", level)
+	}
+	return nil
+}
+
+func (d *Disk) checkFile(bytes int64, sums Sums, generation int) error {
+	if file := SumsFile(d.Name, generation); sums.File != file {
+		return fmt.Errorf("sums file %q, not %q", sums.File, file)
+	}
+	if bytes <= 0 {
+		return fmt.Errorf("image of %d bytes", bytes)
+	}
+	if b, err := hex.DecodeString(sums.SHA256); err != nil || len(b) != sha256.Size {
+		return fmt.Errorf("%q is not a SHA-256", sums.SHA256)
+	}
+	return nil
+}
+
+func (r *ImageRef) validate() error {
+	if _, err := ParseID(string(r.Point)); err != nil {
+		return err
+	}
+	if err := checkUUID(r.UUID); err != nil {
+		return err
+	}
+	return CheckDiskName(r.Disk)
 }
 
 func checkUUID(s string) error {
@@ -298,8 +360,14 @@ func checkUUID(s string) error {
 // ImageFile is the name of a disk's image in the folder of the guest's images.
 func ImageFile(point ID, disk string) string { return string(point) + "." + disk + ".qcow2" }
 
-// SumsFile is the name of the file with an image's check sums, in the point's folder.
-func SumsFile(disk string) string { return disk + ".sums" }
+// SumsFile is the name of the file with the check sums of a generation of an image, in the point's folder: the old one is
+// there until the new one counts.
+func SumsFile(disk string, generation int) string {
+	if generation == 0 {
+		return disk + ".sums"
+	}
+	return fmt.Sprintf("%s.sums.%d", disk, generation)
+}
 
 // BackingFile is what the header of an overlay on parent must name as its backing file: a name in the overlay's own
 // folder, so that a repository can be moved, and so that a chain can be of any length: QEMU joins the folders of all

@@ -16,7 +16,9 @@
 //     and so the open files, the maps and the decompressed clusters.
 //
 // A read looks up its group's map (a binary search over extents), and does one
-// pread for each piece of file it needs, however many layers there are.
+// pread for each piece of file it needs, however many layers there are. What is
+// compressed is decompressed whole, a cluster or a piece of a stream, and kept for
+// a while.
 package image
 
 import (
@@ -26,6 +28,7 @@ import (
 	"iter"
 
 	"qmchain/chain/qcow2"
+	"qmchain/chain/virtnbd"
 )
 
 // Image is a read-only disk image of fixed size. All methods may be called
@@ -73,8 +76,9 @@ var (
 type Format int
 
 const (
-	Raw Format = iota + 1
-	Qcow2
+	Raw    Format = iota + 1
+	Qcow2         // see package qcow2
+	Stream        // of virtnbdbackup, see package virtnbd; one that is no increment can only be the base
 )
 
 func (f Format) String() string {
@@ -83,6 +87,8 @@ func (f Format) String() string {
 		return "raw"
 	case Qcow2:
 		return "qcow2"
+	case Stream:
+		return "virtnbdbackup stream"
 	}
 	return "unknown format"
 }
@@ -97,6 +103,9 @@ type Layer struct {
 	// whenever an image is opened with this layer. A file that is closed and opened
 	// again in between must be the same file, with the same bytes in its header.
 	Check func(*qcow2.Header) error
+
+	// CheckStream is the same for a stream and its metadata.
+	CheckStream func(*virtnbd.Meta) error
 
 	// Bytes is the size of the file; -1 if it is not known. A file of any other
 	// size is refused with ErrChanged: it was cut off, or has grown.

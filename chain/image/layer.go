@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qmchain/chain/qcow2"
+	"qmchain/chain/virtnbd"
 )
 
 // layer is a file that is in use by at least one image.
@@ -17,8 +18,22 @@ type layer struct {
 	refs int // nodes; guarded by Pool.mu
 
 	file *file
-	size int64        // of the virtual disk
-	disk *qcow2.Image // nil: raw
+	size int64  // of the virtual disk
+	disk mapped // nil: raw
+
+	// One of them is disk, if that is not nil.
+	qcow2  *qcow2.Image
+	stream *virtnbd.Stream
+}
+
+// mapped is a file that says where in it each byte of its disk is.
+type mapped interface {
+	// Map appends the runs of a range. Ranges without a run are Unallocated.
+	Map(off, length int64, dst []qcow2.Run) ([]qcow2.Run, error)
+	// Span is how much is best mapped at once: a power of two.
+	Span() int64
+	// Next is the first offset from off on before which nothing is allocated.
+	Next(off int64) int64
 }
 
 // layerKey tells layers apart that must not be shared.
@@ -42,10 +57,28 @@ func (l *layer) open(p *Pool) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", l.key.name, err)
 		}
-		l.disk, l.size = disk, disk.Size()
-		l.file.verify = func(r io.ReaderAt) error { return disk.Header().Same(r) }
+		l.qcow2, l.disk, l.size = disk, disk, disk.Size()
+		l.file.verify = disk.Header().Same
+	case Stream:
+		s, err := virtnbd.Open(l.file, l.key.stamp.size)
+		if err != nil {
+			return fmt.Errorf("%s: %w", l.key.name, err)
+		}
+		l.stream, l.disk, l.size = s, s, s.Size()
+		l.file.verify = s.Same
 	default:
 		return fmt.Errorf("%s: %s", l.key.name, l.key.format)
+	}
+	return nil
+}
+
+// check lets the caller of Open look at l.
+func (l *layer) check(spec Layer) error {
+	switch {
+	case l.qcow2 != nil && spec.Check != nil:
+		return spec.Check(l.qcow2.Header())
+	case l.stream != nil && spec.CheckStream != nil:
+		return spec.CheckStream(l.stream.Meta())
 	}
 	return nil
 }
@@ -67,11 +100,7 @@ func (l *layer) extents(p *Pool, g int64, index uint32, dst []extent) ([]extent,
 	if l.disk.Next(start) >= end {
 		return dst, nil
 	}
-	span := l.span()
-	n := start / span
-	runs, err := p.runs.load(key{l.id, n}, func() ([]qcow2.Run, int64, error) {
-		return l.readRuns(n*span, span)
-	})
+	runs, err := l.runs(p, start)
 	if err != nil {
 		return dst, err
 	}
@@ -101,6 +130,15 @@ func (l *layer) extents(p *Pool, g int64, index uint32, dst []extent) ([]extent,
 		dst = append(dst, e)
 	}
 	return dst, nil
+}
+
+// runs returns the runs of the span that off is in.
+func (l *layer) runs(p *Pool, off int64) ([]qcow2.Run, error) {
+	span := l.span()
+	n := off / span
+	return p.runs.load(key{l.id, n}, func() ([]qcow2.Run, int64, error) {
+		return l.readRuns(n*span, span)
+	})
 }
 
 // firstRun returns the index of the first run that ends behind off.

@@ -7,24 +7,27 @@ import (
 	"sync"
 
 	"qmchain/chain/qcow2"
+	"qmchain/chain/virtnbd"
 )
 
 // PoolOptions bound what a Pool uses. Zero is the default of each.
 type PoolOptions struct {
 	MaxFiles    int   // open files at a time; 256
 	MaxMeta     int64 // bytes of maps kept; 64 MiB
-	MaxClusters int64 // bytes of decompressed clusters kept; 32 MiB
+	MaxClusters int64 // bytes of decompressed clusters kept, and again of streams; 32 MiB
 }
 
 // Pool opens images and keeps what they share: files, maps, decompressed
 // clusters. It holds nothing once all its images are closed.
 type Pool struct {
 	files    *files
-	groups   *cache[*group]      // by node and group
-	runs     *cache[[]qcow2.Run] // by layer and span
-	clusters *cache[[]byte]      // by layer and guest cluster, decompressed
+	groups   *cache[*group]         // by node and group
+	runs     *cache[[]qcow2.Run]    // by layer and span
+	clusters *cache[[]byte]         // by layer and guest cluster, decompressed
+	pieces   *cache[*virtnbd.Piece] // by layer and guest offset, decompressed
 
 	decoder *qcow2.Decoder
+	streams virtnbd.Decoder
 	helpers chan struct{} // a place for each goroutine that helps a large read
 	tables  qcow2.Buffers
 	scratch sync.Pool // *scratch
@@ -58,6 +61,7 @@ func NewPool(opts PoolOptions) *Pool {
 		groups:   newCache[*group](opts.MaxMeta / 2),
 		runs:     newCache[[]qcow2.Run](opts.MaxMeta / 2),
 		clusters: newCache[[]byte](opts.MaxClusters),
+		pieces:   newCache[*virtnbd.Piece](opts.MaxClusters),
 		decoder:  qcow2.NewDecoder(cpus),
 		helpers:  make(chan struct{}, cpus),
 		layers:   map[layerKey]*layer{},
@@ -76,8 +80,8 @@ func NewPool(opts PoolOptions) *Pool {
 // are zeroes for those above it.
 //
 // Every layer is looked at now, its Check called, its headers read. Errors name
-// the layer: ErrChanged, ErrNotRegular, those of the file system, of qcow2.Open
-// and of Check.
+// the layer: ErrChanged, ErrNotRegular, those of the file system, of qcow2.Open,
+// of virtnbd.Open and of Check.
 func (p *Pool) Open(size int64, layers ...Layer) (Image, error) {
 	if len(layers) == 0 {
 		return nil, errors.New("an image without layers")
@@ -89,6 +93,10 @@ func (p *Pool) Open(size int64, layers ...Layer) (Image, error) {
 		if err != nil {
 			p.release(top)
 			return nil, err
+		}
+		if top != nil && l.stream != nil && !l.stream.Meta().Incremental {
+			p.release(p.node(top, l))
+			return nil, fmt.Errorf("%s: a stream that is no increment lies on another layer", spec.Name)
 		}
 		top = p.node(top, l)
 		chain = append(chain, l)
@@ -127,14 +135,12 @@ func (p *Pool) layer(spec Layer) (*layer, error) {
 		}
 		l = p.share(l)
 	}
-	if spec.Check != nil && l.disk != nil {
-		if err := spec.Check(l.disk.Header()); err != nil {
-			p.mu.Lock()
-			dropped := p.unref(l)
-			p.mu.Unlock()
-			p.drop(dropped, nil)
-			return nil, fmt.Errorf("%s: %w", spec.Name, err)
-		}
+	if err := l.check(spec); err != nil {
+		p.mu.Lock()
+		dropped := p.unref(l)
+		p.mu.Unlock()
+		p.drop(dropped, nil)
+		return nil, fmt.Errorf("%s: %w", spec.Name, err)
 	}
 	return l, nil
 }
@@ -230,6 +236,7 @@ func (p *Pool) drop(layers []*layer, nodes []*node) {
 	if len(ids) > 0 {
 		p.runs.drop(ids)
 		p.clusters.drop(ids)
+		p.pieces.drop(ids)
 	}
 	clear(ids)
 	for _, n := range nodes {

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"qmchain/chain/qcow2"
+	"qmchain/chain/virtnbd"
 )
 
 // layered is the Image of a chain of layers.
@@ -193,10 +194,14 @@ func (u *unpacking) run() {
 	}
 }
 
-// cluster reads p at guest offset off, all within the compressed cluster e.
+// cluster reads p at guest offset off, all within e: a compressed cluster, or a
+// pack of a stream.
 func (m *layered) cluster(p []byte, e extent, off int64) error {
 	pool, l := m.pool, m.chain[e.layer]
-	size := l.disk.Header().ClusterSize()
+	if l.stream != nil {
+		return m.pack(l, p, off)
+	}
+	size := l.qcow2.Header().ClusterSize()
 	inCluster := off & (size - 1)
 	k := key{l.id, off / size}
 	if whole := int64(len(p)) == size; whole {
@@ -235,10 +240,53 @@ func (m *layered) decode(l *layer, p []byte, e extent, off int64) error {
 	if err := l.read(src, e.host); err != nil {
 		return err
 	}
-	if err := m.pool.decoder.Decode(l.disk.Header().Compression, p, src); err != nil {
+	if err := m.pool.decoder.Decode(l.qcow2.Header().Compression, p, src); err != nil {
 		return fmt.Errorf("%s: guest offset %d: %w", l.key.name, off&^(int64(len(p))-1), err)
 	}
 	return nil
+}
+
+// pack reads p at guest offset off, all within one pack of the stream l.
+func (m *layered) pack(l *layer, p []byte, off int64) error {
+	runs, err := l.runs(m.pool, off)
+	if err != nil {
+		return err
+	}
+	i := firstRun(runs, off)
+	if i == len(runs) || runs[i].Off > off || runs[i].Kind != qcow2.Compressed {
+		return fmt.Errorf("%s: %w: nothing is at guest offset %d any more", l.key.name, ErrChanged, off)
+	}
+	run := runs[i]
+	for len(p) > 0 {
+		at := off - run.Off
+		piece, err := m.pool.piece(l, run, at/virtnbd.PieceSize)
+		if err != nil {
+			return fmt.Errorf("%s: guest offset %d: %w", l.key.name, off, err)
+		}
+		n := copy(p, piece.Data[at%virtnbd.PieceSize:])
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// piece returns the n-th piece of a pack, decompressed. It is made from the one
+// before it, as that is from its own: what is in the cache shortens the way.
+func (p *Pool) piece(l *layer, run qcow2.Run, n int64) (*virtnbd.Piece, error) {
+	k := key{l.id, run.Off + n*virtnbd.PieceSize}
+	return p.pieces.load(k, func() (*virtnbd.Piece, int64, error) {
+		var prev *virtnbd.Piece
+		if n > 0 {
+			var err error
+			if prev, err = p.piece(l, run, n-1); err != nil {
+				return nil, 0, err
+			}
+		}
+		piece, err := p.streams.Piece(l.stream, run, n, prev)
+		if err != nil {
+			return nil, 0, err
+		}
+		return piece, piece.Bytes(), nil
+	})
 }
 
 // Bounds of one call of Extents.

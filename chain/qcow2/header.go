@@ -118,6 +118,8 @@ type Header struct {
 	length          int // of the header without extensions
 	l1Offset        int64
 	l1Entries       int64
+	refOffset       int64 // of the reference count table
+	refClusters     int64
 	snapshotsOffset int64
 	order           []uint32 // of the extensions in the file
 	raw             []byte   // the header, its extensions and the backing file's name
@@ -274,6 +276,7 @@ func (h *Header) parseTables(u32 func(int) uint32, u64 func(int) uint64) error {
 	if err := table("reference count table", u64(48), refClusters, uint64(h.ClusterSize()), maxRefTableBytes); err != nil {
 		return err
 	}
+	h.refOffset, h.refClusters = int64(u64(48)), int64(refClusters)
 	snapshotsOffset, snapshots := u64(64), uint64(u32(60))
 	if err := table("snapshot table", snapshotsOffset, snapshots, snapshotHeaderLen, maxSnapshots*snapshotHeaderLen); err != nil {
 		return err

@@ -24,6 +24,7 @@ type Run struct {
 	Off, Len int64 // guest bytes
 
 	// Host is the place in the file: for Data the offset of the byte at Off,
+	// for Zero, if Options ask for it, that of clusters which are kept for it; else 0,
 	// for Compressed that of the compressed cluster (whose uncompressed bytes
 	// begin at the guest cluster's start, wherever in it Off is), for Invalid
 	// the corrupt table entry.
@@ -77,6 +78,8 @@ func (r Run) Err() error {
 type Options struct {
 	// Snapshot is the id or the name of an internal snapshot; "" is the active disk.
 	Snapshot string
+	// ZeroHosts has Map tell the places of clusters that are kept for Zero runs.
+	ZeroHosts bool
 	// Buffers may be shared by many images; nil gives the image its own.
 	Buffers *Buffers
 }
@@ -110,7 +113,8 @@ type Image struct {
 	tables    int64    // L1 entries that matter
 	allocated []uint64 // a bit for each of them that is not zero
 
-	bufs *Buffers
+	zeroHosts bool
+	bufs      *Buffers
 }
 
 // Open reads the header and the L1 table of the image file r, fileSize bytes
@@ -123,7 +127,7 @@ func Open(r io.ReaderAt, fileSize int64, opts Options) (*Image, error) {
 	if err := h.Supported(); err != nil {
 		return nil, err
 	}
-	m := &Image{r: r, fileSize: fileSize, h: h, size: h.VirtualSize, l1Offset: h.l1Offset, bufs: opts.Buffers}
+	m := &Image{r: r, fileSize: fileSize, h: h, size: h.VirtualSize, l1Offset: h.l1Offset, zeroHosts: opts.ZeroHosts, bufs: opts.Buffers}
 	if m.bufs == nil {
 		m.bufs = &Buffers{}
 	}
@@ -274,9 +278,14 @@ func (w *walker) add(r Run) {
 		last := &w.runs[len(w.runs)-1]
 		if last.Kind == r.Kind {
 			switch r.Kind {
-			case Unallocated, Zero:
+			case Unallocated:
 				last.Len += r.Len
 				return
+			case Zero:
+				if last.Host == 0 && r.Host == 0 || last.Host != 0 && last.Host+last.Len == r.Host {
+					last.Len += r.Len
+					return
+				}
 			case Data:
 				if last.Host+last.Len == r.Host {
 					last.Len += r.Len
@@ -379,7 +388,11 @@ func (m *Image) decode(entry uint64, off int64) Run {
 		if m.h.Version < 3 {
 			return invalid(badZeroV2)
 		}
-		return Run{Kind: Zero}
+		r := Run{Kind: Zero}
+		if m.zeroHosts && host != 0 {
+			r.Host = host + inCluster
+		}
+		return r
 	case host == 0:
 		return Run{Kind: Unallocated}
 	case host >= m.fileSize:

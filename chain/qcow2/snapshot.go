@@ -103,3 +103,30 @@ func walkSnapshots(r io.ReaderAt, fileSize int64, h *Header, f func(Snapshot) bo
 	}
 	return nil
 }
+
+// SameTables reports whether two disks of one file, the active one or those of
+// snapshots, are mapped by the same L2 tables: then they hold the same. Disks that are
+// not may hold the same nevertheless.
+func (m *Image) SameTables(other *Image) (bool, error) {
+	if m.size != other.size || m.tables != other.tables {
+		return false, nil
+	}
+	one, two := m.bufs.get(), m.bufs.get()
+	defer m.bufs.put(one)
+	defer m.bufs.put(two)
+	for at := int64(0); at < m.tables*8; at += chunk {
+		a, b := one[:min(chunk, m.tables*8-at)], two[:min(chunk, m.tables*8-at)]
+		if err := readFull(m.r, a, m.l1Offset+at); err != nil {
+			return false, fmt.Errorf("L1 table: %w", err)
+		}
+		if err := readFull(other.r, b, other.l1Offset+at); err != nil {
+			return false, fmt.Errorf("L1 table: %w", err)
+		}
+		for i := 0; i < len(a); i += 8 {
+			if binary.BigEndian.Uint64(a[i:])&^copied != binary.BigEndian.Uint64(b[i:])&^copied {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}

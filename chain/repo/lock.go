@@ -15,7 +15,15 @@ import (
 // ErrLocked is wrapped where somebody else holds a lock for longer than the caller wants to wait.
 var ErrLocked = errors.New("locked")
 
-const lockFile = ".lock"
+// The locks of a guest's folder: of the one who makes points, of the one who removes some, and of the moments in which a
+// point comes or goes.
+const (
+	lockFile      = ".lock"
+	pruneLockFile = ".prune.lock"
+	namesLockFile = ".names.lock"
+
+	namesLockLimit = time.Minute
+)
 
 // Lock is the right to write to a guest's folder. It is a flock(2), which works on local file systems, and over NFS and
 // CephFS between hosts. The kernel gives it back when its holder dies.
@@ -31,7 +39,21 @@ func (g *Guest) Lock(ctx context.Context, wait time.Duration) (*Lock, error) {
 			return nil, fmt.Errorf("guest %s: %w", g.Name, err)
 		}
 	}
-	path := filepath.Join(g.Dir, lockFile)
+	return g.lock(ctx, lockFile, wait)
+}
+
+// LockPrune takes the lock of the one who removes points, and waits for at most wait.
+func (g *Guest) LockPrune(ctx context.Context, wait time.Duration) (*Lock, error) {
+	return g.lock(ctx, pruneLockFile, wait)
+}
+
+// lockNames takes the lock of the moments in which a point comes or goes.
+func (g *Guest) lockNames() (*Lock, error) {
+	return g.lock(context.Background(), namesLockFile, namesLockLimit)
+}
+
+func (g *Guest) lock(ctx context.Context, name string, wait time.Duration) (*Lock, error) {
+	path := filepath.Join(g.Dir, name)
 	l := &Lock{flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(fileMode)), path}
 	waitCtx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
@@ -46,7 +68,7 @@ func (g *Guest) Lock(ctx context.Context, wait time.Duration) (*Lock, error) {
 		}
 		return nil, ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded), err == nil && !ok:
-		return nil, fmt.Errorf("guest %s: another run holds %s: %w", g.Name, path, ErrLocked)
+		return nil, fmt.Errorf("guest %s: somebody else holds %s: %w", g.Name, path, ErrLocked)
 	case err != nil:
 		return nil, fmt.Errorf("guest %s: lock: %w", g.Name, err)
 	}

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"qmchain/chain"
-	"qmchain/chain/qcow2"
 	"qmchain/internal/child"
 )
 
@@ -49,6 +48,13 @@ type Partial struct {
 func (g *Guest) Begin(id chain.ID) (*Partial, error) {
 	p := &Partial{guest: g, ID: id, UUID: NewUUID(), Dir: g.partialDir(id), images: make(map[string]*os.File)}
 	if err := g.Repo.FS.Mkdir(p.Dir, dirMode); err != nil {
+		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
+	}
+	if err := g.Repo.FS.Step("create", filepath.Join(p.Dir, readLockFile)); err != nil {
+		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
+	}
+	// Should a power cut take it away: it is only a help.
+	if err := os.WriteFile(filepath.Join(p.Dir, readLockFile), nil, fileMode); err != nil {
 		return nil, fmt.Errorf("guest %s: begin a point: %w", g.Name, err)
 	}
 	if !exists(g.ImagesDir()) {
@@ -117,7 +123,7 @@ func (g *Guest) Strays() ([]string, error) {
 	for _, e := range entries {
 		name, _, _ := strings.Cut(e.Name(), ".")
 		id, err := chain.ParseID(name)
-		if err == nil && (exists(g.PointDir(id)) || exists(g.partialDir(id))) {
+		if err == nil && (exists(g.PointDir(id)) || exists(g.partialDir(id)) || exists(g.baseDir(id))) {
 			continue
 		}
 		strays = append(strays, e.Name())
@@ -199,7 +205,7 @@ func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, pare
 	p.mu.Lock()
 	p.images[disk] = f
 	p.mu.Unlock()
-	if err := qcow2.SetIdentity(f, identity(chain.ImageRef{UUID: p.UUID, Disk: disk})); err != nil {
+	if err := SetIdentity(f, chain.ImageRef{UUID: p.UUID, Disk: disk}); err != nil {
 		return "", fmt.Errorf("disk %s: %w", disk, err)
 	}
 	return path, nil
@@ -228,11 +234,17 @@ func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, e
 	if err := f.Sync(); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
-	text, size, err := computeSums(ctx, f)
+	info, err := f.Stat()
+	if err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
+	}
+	size := info.Size()
+	computed, err := ComputeSums(ctx, f, size, nil, nil)
 	if err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: check sums: %w", disk, err)
 	}
-	sums := chain.Sums{File: chain.SumsFile(disk), SHA256: digest(text)}
+	text := computed.Text()
+	sums := chain.Sums{File: chain.SumsFile(disk, 0), SHA256: digest(text)}
 	if err := fsys.WriteFile(filepath.Join(p.Dir, sums.File), text, fileMode); err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
@@ -265,12 +277,22 @@ func (p *Partial) Commit(lock *Lock, tip chain.ID, m *chain.Manifest) error {
 	if err := lock.Check(); err != nil {
 		return fmt.Errorf("guest %s: %w", p.guest.Name, err)
 	}
+	names, err := p.guest.lockNames()
+	if err != nil {
+		return err
+	}
+	defer names.Unlock()
 	now, err := p.guest.Tip()
 	if err != nil {
 		return err
 	}
 	if now != tip {
 		return fmt.Errorf("guest %s: newest point is %q, was %q: %w", p.guest.Name, now, tip, ErrMoved)
+	}
+	for _, d := range m.Disks {
+		if d.Parent != nil && !exists(p.guest.PointDir(d.Parent.Point)) {
+			return fmt.Errorf("guest %s: disk %s: its parent, point %s, was removed: %w", p.guest.Name, d.Name, d.Parent.Point, ErrMoved)
+		}
 	}
 	if err := fsys.Rename(p.Dir, p.guest.PointDir(p.ID)); err != nil {
 		return fmt.Errorf("guest %s: commit %s: %w", p.guest.Name, p.ID, err)

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"reflect"
+	"sync"
 	"syscall"
 
 	"qmchain/chain"
@@ -17,6 +19,44 @@ import (
 // is missing, of another size than when it was made, or another than its manifest says, is an error that wraps
 // chain.ErrDamaged.
 func (g *Guest) OpenDisk(pool *image.Pool, points chain.Points, point *chain.Manifest, disk string) (image.Image, error) {
+	release, err := g.hold(point.ID)
+	if err != nil {
+		return nil, err
+	}
+	img, err := g.open(pool, points, point, disk)
+	if errors.Is(err, chain.ErrDamaged) {
+		// The points may have been read before one of them took in another.
+		img, err = g.openNow(pool, points, point, disk, err)
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	return &held{guest: g, pool: pool, point: point, disk: disk, release: release, img: img}, nil
+}
+
+// openNow opens a disk as the repository is now, not as it was when points was read. The error is the one given if nothing
+// has changed since, or the points can't be read.
+func (g *Guest) openNow(pool *image.Pool, points chain.Points, point *chain.Manifest, disk string, err error) (image.Image, error) {
+	for range 3 { // a merge can end at any moment, but not again and again
+		now, _, readErr := g.Points()
+		if readErr != nil {
+			return nil, err
+		}
+		m := now.Find(point.ID)
+		if m == nil || m.UUID != point.UUID || m.Disk(disk) == nil || reflect.DeepEqual(now, points) {
+			return nil, err
+		}
+		var img image.Image
+		if img, err = g.open(pool, now, m, disk); err == nil || !errors.Is(err, chain.ErrDamaged) {
+			return img, err
+		}
+		points = now
+	}
+	return nil, err
+}
+
+func (g *Guest) open(pool *image.Pool, points chain.Points, point *chain.Manifest, disk string) (image.Image, error) {
 	layers, err := g.layers(points, point, disk)
 	if err != nil {
 		return nil, err
@@ -26,6 +66,74 @@ func (g *Guest) OpenDisk(pool *image.Pool, points chain.Points, point *chain.Man
 		return nil, fmt.Errorf("%s/%s: disk %s: %w", g.Name, point.ID, disk, damage(err))
 	}
 	return img, nil
+}
+
+// held is a disk of a point that nobody removes meanwhile. Its layers can be merged, though; a file that the pool has closed
+// in between is then another one when it is opened again, and the disk is opened anew.
+type held struct {
+	guest   *Guest
+	pool    *image.Pool
+	point   *chain.Manifest
+	disk    string
+	release func()
+
+	mu     sync.RWMutex
+	img    image.Image
+	closed bool
+}
+
+func (h *held) Size() int64 { return h.point.Disk(h.disk).VirtualSize }
+
+func (h *held) ReadAt(p []byte, off int64) (n int, err error) {
+	err = h.do(func(img image.Image) error {
+		n, err = img.ReadAt(p, off)
+		return err
+	})
+	return n, err
+}
+
+func (h *held) Extents(off, length int64) (list []image.Extent, err error) {
+	err = h.do(func(img image.Image) error {
+		list, err = img.Extents(off, length)
+		return err
+	})
+	return list, err
+}
+
+// do tries f, and tries it again with the layers as they are now if one of those it has is not what it was.
+func (h *held) do(f func(image.Image) error) error {
+	h.mu.RLock()
+	img := h.img
+	err := f(img)
+	h.mu.RUnlock()
+	if !errors.Is(err, image.ErrChanged) && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	h.mu.Lock()
+	if h.img == img && !h.closed {
+		now, openErr := h.guest.openNow(h.pool, nil, h.point, h.disk, err)
+		if openErr != nil {
+			h.mu.Unlock()
+			return openErr
+		}
+		_ = img.Close()
+		h.img = now
+	}
+	h.mu.Unlock()
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return f(h.img)
+}
+
+func (h *held) Close() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	err := h.img.Close()
+	if !h.closed {
+		h.closed = true
+		h.release()
+	}
+	return err
 }
 
 // damage wraps chain.ErrDamaged around the errors of reading a backup that say that it is not what it was. All others say
@@ -54,6 +162,9 @@ func (g *Guest) layers(points chain.Points, point *chain.Manifest, disk string) 
 			Check:  func(h *qcow2.Header) error { return checkHeader(l, h) },
 			Bytes:  l.Disk.Bytes,
 		}
+		if l.Disk.Merging != nil {
+			layers[i].Bytes = -1 // it is being written to
+		}
 	}
 	return layers, nil
 }
@@ -61,20 +172,39 @@ func (g *Guest) layers(points chain.Points, point *chain.Manifest, disk string) 
 // checkHeader makes sure that an image is the one that its manifest speaks of. The backing file in the header is only
 // compared, never followed.
 func checkHeader(l chain.Layer, h *qcow2.Header) error {
+	if l.Disk.Merging != nil {
+		return checkMerging(l, h)
+	}
 	if !bytes.Equal(h.Identity(), identity(l.Point.Ref(l.Disk.Name))) {
 		return fmt.Errorf("%w: it is not the image of disk %s of point %s", chain.ErrDamaged, l.Disk.Name, l.Point.ID)
 	}
 	if h.VirtualSize != l.Disk.VirtualSize {
 		return fmt.Errorf("%w: virtual size is %d, not %d", chain.ErrDamaged, h.VirtualSize, l.Disk.VirtualSize)
 	}
-	backing, format := "", ""
-	if l.Disk.Parent != nil {
-		backing, format = chain.BackingFile(*l.Disk.Parent), "qcow2"
+	return checkBacking(l, h)
+}
+
+func checkBacking(l chain.Layer, h *qcow2.Header) error {
+	backing, format := backingName(l.Disk.Parent), ""
+	if backing != "" {
+		format = "qcow2"
 	}
 	if h.BackingFile != backing || h.BackingFormat != format {
 		return fmt.Errorf("%w: its header names the backing file %q (%s), not %q", chain.ErrDamaged, h.BackingFile, h.BackingFormat, backing)
 	}
 	return nil
+}
+
+// checkMerging is checkHeader for an image that is becoming that of its child: it can have grown to the child's size, and have
+// got its identity.
+func checkMerging(l chain.Layer, h *qcow2.Header) error {
+	if id := h.Identity(); !bytes.Equal(id, identity(l.Point.Ref(l.Disk.Name))) && !bytes.Equal(id, identity(*l.Disk.Merging)) {
+		return fmt.Errorf("%w: it is not the image of disk %s of point %s", chain.ErrDamaged, l.Disk.Name, l.Point.ID)
+	}
+	if h.VirtualSize < l.Disk.VirtualSize {
+		return fmt.Errorf("%w: virtual size is %d, not %d", chain.ErrDamaged, h.VirtualSize, l.Disk.VirtualSize)
+	}
+	return checkBacking(l, h)
 }
 
 // CheckImages makes sure that the images that a disk of a point is read from are all there and are those that the

@@ -5,7 +5,8 @@
 //	REPO/110/images/                          the images of all points, ID.DISK.qcow2
 //	REPO/110/20261120T101523Z-3f9c/           a point: point.json, and for each disk DISK.sums
 //	REPO/110/.20261120T111523Z-81aa.partial/  a point in the making, or what a killed run left; never read
-//	REPO/110/.lock                            held by the one who writes
+//	REPO/110/.20261119T101523Z-77b0.base/     a point that was removed, whose images points that are kept still need
+//	REPO/110/.lock                            held by the one who makes points; .prune.lock, .names.lock: see Lock
 //
 // A point comes into being by one rename of its folder, after every file of it is on disk: an image is part of a point
 // only if a point's manifest names it. Nothing of a point is changed afterwards. Folders are 0700 and files 0600: images
@@ -184,17 +185,28 @@ func (g *Guest) Points() (chain.Points, []Problem, error) {
 	}
 	var points chain.Points
 	var problems []Problem
+	seen := make(map[chain.ID]bool)
 	for _, e := range entries {
-		id, err := chain.ParseID(e.Name())
-		if err != nil || !e.IsDir() {
+		f, ok := ParseFolder(e.Name())
+		if !ok || !e.IsDir() {
 			continue
 		}
-		m, err := g.Point(id)
+		m, err := g.Read(f)
+		if errors.Is(err, fs.ErrNotExist) && !exists(filepath.Join(g.Dir, f.Name)) {
+			// It went meanwhile, or has become a base: then points need it.
+			f = FolderOf(&chain.Manifest{ID: f.ID, Base: true})
+			if m, err = g.Read(f); errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
 		if err != nil {
 			problems = append(problems, Problem{e.Name(), err})
 			continue
 		}
-		points = append(points, m)
+		if !seen[m.ID] { // under both names
+			seen[m.ID] = true
+			points = append(points, m)
+		}
 	}
 	points.Sort()
 	return points, problems, nil
@@ -216,18 +228,7 @@ func (g *Guest) Tip() (chain.ID, error) {
 
 // Point reads one manifest. It must be where it says it belongs.
 func (g *Guest) Point(id chain.ID) (*chain.Manifest, error) {
-	text, err := readFile(filepath.Join(g.PointDir(id), chain.ManifestFile), chain.MaxManifest)
-	if err != nil {
-		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, damage(err))
-	}
-	m, err := chain.DecodeManifest(text)
-	if err != nil {
-		return nil, fmt.Errorf("%s/%s: %w", g.Name, id, err)
-	}
-	if m.ID != id || m.Guest.Name != g.Name {
-		return nil, fmt.Errorf("%s/%s: %w: its manifest is that of %s/%s", g.Name, id, chain.ErrDamaged, m.Guest.Name, m.ID)
-	}
-	return m, nil
+	return g.Read(Folder{ID: id, Name: string(id)})
 }
 
 // PointDir is the folder of a point.

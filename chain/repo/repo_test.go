@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -335,7 +336,7 @@ func TestPointsAreNotFollowedElsewhere(t *testing.T) {
 func TestSums(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "f")
-	if err := os.WriteFile(path, make([]byte, sumsBlock+3), 0o600); err != nil {
+	if err := os.WriteFile(path, make([]byte, SumsBlock+3), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.Open(path)
@@ -343,11 +344,19 @@ func TestSums(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	text, size, err := computeSums(t.Context(), f)
-	if err != nil || size != sumsBlock+3 {
-		t.Fatal(size, err)
+	sums, err := ComputeSums(t.Context(), f, SumsBlock+3, nil, nil)
+	if err != nil {
+		t.Fatal(err)
 	}
-	lines := strings.Split(string(text), "\n")
+	if again, err := parseSums(sums.Text()); err != nil || !reflect.DeepEqual(again, sums) {
+		t.Errorf("read again: %v, %v", again, err)
+	}
+	for _, bad := range []string{"", "x", "qmchain-sums 1 sha256 4194304 5\n", "qmchain-sums 1 sha256 4194304 -5\n", "qmchain-sums 1 sha256 4194304 5\n" + strings.Repeat("g", 64) + "\n"} {
+		if _, err := parseSums([]byte(bad)); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+	lines := strings.Split(string(sums.Text()), "\n")
 	if len(lines) != 4 || lines[0] != "qmchain-sums 1 sha256 4194304 4194307" ||
 		lines[1] != "bb9f8df61474d25e71fa00722318cd387396ca1736605e1248821cc0de3d3af8" || // of 4 MiB of zeroes
 		lines[2] != "709e80c88487a2411e1ee4dfb9f22a861492d20c4765150c0c794abd70f8147c" { // of 3 zeroes

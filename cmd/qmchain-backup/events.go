@@ -10,6 +10,7 @@ import (
 
 	"qmchain/backup"
 	"qmchain/chain"
+	"qmchain/cmd/internal/listing"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -28,7 +29,7 @@ type pointEvent struct {
 	Event    string   `json:"event"`
 	Seconds  float64  `json:"seconds"`
 	Warnings []string `json:"warnings"`
-	listPoint
+	listing.Point
 }
 
 type skippedEvent struct {
@@ -92,7 +93,7 @@ func (o *observer) end(result *backup.Result, took time.Duration, err error) err
 	case result.Point == nil:
 		return o.u.Event(skippedEvent{"skipped", result.Plan.Estimate()})
 	default:
-		return o.u.Event(pointEvent{"point", took.Seconds(), append([]string{}, result.Warnings...), listed(result.Point)})
+		return o.u.Event(pointEvent{"point", took.Seconds(), append([]string{}, result.Warnings...), listing.Of(result.Point)})
 	}
 }
 

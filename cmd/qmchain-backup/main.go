@@ -9,7 +9,9 @@ import (
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/chain/repo"
+	"qmchain/chain/retain"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/listing"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 	"qmchain/qmp"
@@ -17,13 +19,17 @@ import (
 
 type grammar struct {
 	cli.Common
-	Run      runCmd      `cmd:"" help:"Take a point of a guest."`
-	Estimate estimateCmd `cmd:"" help:"Show what a run would copy, disk by disk."`
-	List     listCmd     `cmd:"" help:"List the points in a repository."`
-	Info     infoCmd     `cmd:"" help:"Show a guest, its disks, and what tracks them."`
-	Check    checkCmd    `cmd:"" help:"For monitoring: fail where a guest's newest point is too old."`
-	Doctor   doctorCmd   `cmd:"" help:"Find what crashes have left, and put it right."`
-	Cleanup  cleanupCmd  `cmd:"" help:"Remove our bitmaps from a guest: a rollback to a snapshot needs that. The next run takes a full."`
+	Run       runCmd          `cmd:"" help:"Take a point of a guest."`
+	Estimate  estimateCmd     `cmd:"" help:"Show what a run would copy, disk by disk."`
+	List      listing.Command `cmd:"" help:"List the points in a repository."`
+	Prune     pruneCmd        `cmd:"" help:"Remove the points that a policy does not keep."`
+	Remove    removeCmd       `cmd:"" help:"Remove points."`
+	Protect   protectCmd      `cmd:"" help:"Protect points from being removed."`
+	Unprotect unprotectCmd    `cmd:"" help:"Take the protection from points."`
+	Info      infoCmd         `cmd:"" help:"Show a guest, its disks, and what tracks them."`
+	Check     checkCmd        `cmd:"" help:"For monitoring: fail where a guest's newest point is too old."`
+	Doctor    doctorCmd       `cmd:"" help:"Find what crashes have left, and put it right."`
+	Cleanup   cleanupCmd      `cmd:"" help:"Remove our bitmaps from a guest: a rollback to a snapshot needs that. The next run takes a full."`
 }
 
 // program is qmchain-backup; all that it writes to a repository goes through fsys.
@@ -60,6 +66,8 @@ func explain(err error) error {
 		{backup.ErrElsewhere, ui.ExitFailed, "is the share mounted? --init makes a second repository for this guest"},
 		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? A new repository needs an empty folder"},
 		{backup.ErrNotFound, ui.ExitNotFound, ""},
+		{retain.ErrKept, ui.ExitFailed, "unprotect takes the protection from a point; remove --force removes one from which increments go on"},
+		{chain.ErrNoPoint, ui.ExitNotFound, ""},
 		{syscall.ECONNREFUSED, ui.ExitNotFound, "nobody listens there: is the guest running?"},
 		{fs.ErrNotExist, ui.ExitNotFound, ""},
 		{chain.ErrDamaged, ui.ExitDamaged, ""},

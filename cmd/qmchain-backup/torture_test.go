@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -98,7 +99,13 @@ func TestTorture(t *testing.T) {
 
 // event is something that happens to a guest between two runs.
 func (x *torture) event() {
-	switch x.rand.IntN(14) {
+	switch x.rand.IntN(16) {
+	case 14, 15:
+		kill := x.rand.IntN(60)
+		x.note("prune, killed at step %d", kill)
+		if prune := x.prune(kill); prune != nil {
+			prune(kill > 0)
+		}
 	case 0:
 		x.note("restart")
 		x.vm.Restart()
@@ -135,6 +142,25 @@ func (x *torture) event() {
 		x.note("paused for a while")
 		x.vm.Execute("stop", nil, nil)
 		x.vm.Execute("cont", nil, nil)
+	}
+}
+
+// prune starts to remove points, in a process that dies before step kill; 0: it does not. The function that it returns waits
+// for its end. It is nil where there is nothing yet.
+func (x *torture) prune(kill int) (wait func(mayDie bool)) {
+	x.t.Helper()
+	if len(x.points()) == 0 {
+		return nil
+	}
+	cmd, stderr := x.command(kill, "prune", "--repo", x.repo, "--keep-last", strconv.Itoa(2+x.rand.IntN(4)), "--lock-wait", "1m")
+	if err := cmd.Start(); err != nil {
+		x.t.Fatal(err)
+	}
+	return func(mayDie bool) {
+		x.t.Helper()
+		if err := cmd.Wait(); err != nil && (!mayDie || cmd.ProcessState.ExitCode() != -1) {
+			x.t.Fatalf("prune: %v: %s", err, stderr)
+		}
 	}
 }
 
@@ -368,6 +394,12 @@ func (x *torture) faultyRun() {
 	case "kill at step", "power loss":
 		killStep = at
 	}
+	if x.rand.IntN(5) == 0 {
+		x.note("  and points are removed meanwhile")
+		if prune := x.prune(0); prune != nil {
+			defer prune(false)
+		}
+	}
 	var code int
 	var text string
 	if fault == "step fails" {
@@ -469,7 +501,7 @@ func (x *torture) recheck() {
 	if err != nil || len(problems) > 0 {
 		x.t.Fatal(err, problems)
 	}
-	for _, p := range points {
+	for _, p := range points.Kept() {
 		for name, data := range ledger.ReadPoint(x.t, x.vm.Config().QEMU, x.repo, "web", p.ID) {
 			if sha256.Sum256(data) != x.sums[x.repo+string(p.ID)+"/"+name] {
 				x.t.Errorf("point %s: disk %s has changed", p.ID, name)

@@ -1,0 +1,296 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"qmchain/chain"
+	"qmchain/chain/qcow2"
+)
+
+const (
+	baseSuffix    = ".base"
+	removedSuffix = ".removed"
+
+	// readLockFile is in each point's folder. Who reads the point's disks holds it shared (flock(2)), so that who removes the
+	// point knows. It does not protect those who read with other programs.
+	readLockFile = ".lock"
+
+	// readLockLimit is how long a reader waits for one who holds it alone, which is for moments.
+	readLockLimit = 10 * time.Second
+)
+
+// Folder is a folder of a guest's that has a manifest: that of a point or of a base.
+type Folder struct {
+	ID   chain.ID
+	Base bool
+	Name string
+}
+
+// ParseFolder says what a folder of that name is; ok is false for those without a manifest.
+func ParseFolder(name string) (f Folder, ok bool) {
+	if id, err := chain.ParseID(name); err == nil {
+		return Folder{ID: id, Name: name}, true
+	}
+	inner, ok := strings.CutSuffix(name, baseSuffix)
+	if !ok {
+		return Folder{}, false
+	}
+	if inner, ok = strings.CutPrefix(inner, partialPrefix); !ok {
+		return Folder{}, false
+	}
+	id, err := chain.ParseID(inner)
+	return Folder{ID: id, Base: true, Name: name}, err == nil
+}
+
+// FolderOf is the folder that a manifest was read from.
+func FolderOf(m *chain.Manifest) Folder {
+	if m.Base {
+		return Folder{ID: m.ID, Base: true, Name: partialPrefix + string(m.ID) + baseSuffix}
+	}
+	return Folder{ID: m.ID, Name: string(m.ID)}
+}
+
+// baseDir is the folder of a point that was removed but is still needed.
+func (g *Guest) baseDir(id chain.ID) string {
+	return filepath.Join(g.Dir, partialPrefix+string(id)+baseSuffix)
+}
+
+// FolderDir is the path of a folder.
+func (g *Guest) FolderDir(f Folder) string { return filepath.Join(g.Dir, f.Name) }
+
+// Read reads the manifest of a point or a base. Where an image is about to get another generation it says what is there
+// now.
+func (g *Guest) Read(f Folder) (*chain.Manifest, error) {
+	m, err := g.decode(f)
+	if err != nil {
+		return nil, err
+	}
+	for i := range m.Disks {
+		if d := &m.Disks[i]; d.Next != nil {
+			if g.advanced(m.ID, d) {
+				d.Advance()
+			}
+			d.Next = nil
+		}
+	}
+	return m, nil
+}
+
+// decode reads a manifest as it is.
+func (g *Guest) decode(f Folder) (*chain.Manifest, error) {
+	text, err := readFile(filepath.Join(g.FolderDir(f), chain.ManifestFile), chain.MaxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, f.ID, damage(err))
+	}
+	m, err := chain.DecodeManifest(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, f.ID, err)
+	}
+	if m.ID != f.ID || m.Guest.Name != g.Name {
+		return nil, fmt.Errorf("%s/%s: %w: its manifest is that of %s/%s", g.Name, f.ID, chain.ErrDamaged, m.Guest.Name, m.ID)
+	}
+	m.Base = f.Base
+	return m, nil
+}
+
+// advanced reports whether a disk's image is that of the next generation. What is neither is for who opens it to find.
+func (g *Guest) advanced(id chain.ID, d *chain.Disk) bool {
+	f, err := os.OpenFile(g.ImagePath(id, d.Name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return false
+	}
+	h, err := qcow2.ReadHeader(f, info.Size())
+	return err == nil && h.BackingFile == backingName(d.Next.Parent)
+}
+
+// backingName is what an image on parent has as its backing file; nil is none.
+func backingName(parent *chain.ImageRef) string {
+	if parent == nil {
+		return ""
+	}
+	return chain.BackingFile(*parent)
+}
+
+// hold keeps a point's images from being changed or removed until release is called. Where the file system knows no locks, or
+// the repository can only be read and was copied without its lock files, there is nothing to hold.
+func (g *Guest) hold(id chain.ID) (release func(), err error) {
+	f, err := os.OpenFile(filepath.Join(g.PointDir(id), readLockFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return func() {}, nil //nolint:nilerr // see above
+	}
+	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) && time.Since(began) < readLockLimit {
+			continue
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			_ = f.Close()
+			return nil, fmt.Errorf("%s/%s: somebody changes its images just now: %w", g.Name, id, ErrLocked)
+		}
+		break
+	}
+	if !exists(g.PointDir(id)) {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s/%s was removed just now: %w", g.Name, id, chain.ErrNoPoint)
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+// Claim holds a point or a base alone: nobody reads its disks, or ErrLocked is wrapped.
+func (g *Guest) Claim(f Folder) (release func(), err error) {
+	lock, err := os.OpenFile(filepath.Join(g.FolderDir(f), readLockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, fileMode)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", g.Name, f.ID, err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		_ = lock.Close()
+		return nil, fmt.Errorf("%s/%s is being read: %w", g.Name, f.ID, ErrLocked)
+	}
+	return func() { _ = lock.Close() }, nil
+}
+
+// Hide makes a base of a point: for everybody but those who need its images it is gone. The caller holds the prune lock.
+func (g *Guest) Hide(id chain.ID) error {
+	names, err := g.lockNames()
+	if err != nil {
+		return err
+	}
+	defer names.Unlock()
+	if err := g.Repo.FS.Rename(g.PointDir(id), g.baseDir(id)); err != nil {
+		return fmt.Errorf("%s/%s: remove: %w", g.Name, id, err)
+	}
+	return nil
+}
+
+// Rewrite changes a manifest. change is given the manifest as it is in the file. The caller holds the prune lock.
+func (g *Guest) Rewrite(f Folder, change func(*chain.Manifest) error) error {
+	m, err := g.decode(f)
+	if err != nil {
+		return err
+	}
+	if err := change(m); err != nil {
+		return err
+	}
+	text, err := m.Encode()
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", g.Name, f.ID, err)
+	}
+	if err := g.Repo.FS.WriteFile(filepath.Join(g.FolderDir(f), chain.ManifestFile), text, fileMode); err != nil {
+		return fmt.Errorf("%s/%s: %w", g.Name, f.ID, err)
+	}
+	return nil
+}
+
+// Decode reads a manifest as it is in its file, with what is under way. It is for who holds the prune lock.
+func (g *Guest) Decode(f Folder) (*chain.Manifest, error) { return g.decode(f) }
+
+// DropImage removes the image of a base's disk, which nobody needs.
+func (g *Guest) DropImage(id chain.ID, disk string) error {
+	if err := g.Repo.FS.Remove(g.ImagePath(id, disk)); err != nil {
+		return fmt.Errorf("%s/%s: disk %s: %w", g.Name, id, disk, err)
+	}
+	return nil
+}
+
+// DropBase removes the folder of a base, whose images are gone.
+func (g *Guest) DropBase(id chain.ID) error {
+	// A folder that has lost its manifest on the way must not be taken for a base.
+	removed := filepath.Join(g.Dir, partialPrefix+string(id)+removedSuffix)
+	err := g.Repo.FS.Rename(g.baseDir(id), removed)
+	if err == nil {
+		err = g.Repo.FS.RemoveAll(removed)
+	}
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", g.Name, id, err)
+	}
+	return nil
+}
+
+// DropRemoved removes what a DropBase that was cut off has left.
+func (g *Guest) DropRemoved() error {
+	left, err := filepath.Glob(filepath.Join(g.Dir, partialPrefix+"*"+removedSuffix))
+	if err != nil {
+		return err
+	}
+	for _, path := range left {
+		if err := g.Repo.FS.RemoveAll(path); err != nil {
+			return fmt.Errorf("guest %s: %w", g.Name, err)
+		}
+	}
+	return nil
+}
+
+// Folders lists the folders of points and bases, oldest first.
+func (g *Guest) Folders() ([]Folder, error) {
+	entries, err := os.ReadDir(g.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	var folders []Folder
+	for _, e := range entries {
+		if f, ok := ParseFolder(e.Name()); ok && e.IsDir() {
+			folders = append(folders, f)
+		}
+	}
+	return folders, nil
+}
+
+// SetIdentity writes into an image whose it is. The caller syncs.
+func SetIdentity(f *os.File, ref chain.ImageRef) error { return qcow2.SetIdentity(f, identity(ref)) }
+
+// WriteSums writes the check sums of an image of that generation and returns what the manifest says of them.
+func (g *Guest) WriteSums(f Folder, disk string, generation int, text []byte) (chain.Sums, error) {
+	sums := chain.Sums{File: chain.SumsFile(disk, generation), SHA256: digest(text)}
+	if err := g.Repo.FS.WriteFile(filepath.Join(g.FolderDir(f), sums.File), text, fileMode); err != nil {
+		return chain.Sums{}, fmt.Errorf("%s/%s: disk %s: %w", g.Name, f.ID, disk, err)
+	}
+	return sums, nil
+}
+
+// DropSums removes the check sums of a generation that does not count, if they are there.
+func (g *Guest) DropSums(f Folder, disk string, generation int) error {
+	path := filepath.Join(g.FolderDir(f), chain.SumsFile(disk, generation))
+	if !exists(path) {
+		return nil
+	}
+	if err := g.Repo.FS.Remove(path); err != nil {
+		return fmt.Errorf("%s/%s: disk %s: %w", g.Name, f.ID, disk, err)
+	}
+	return nil
+}
+
+// ReadSums reads an image's check sums, which must be those that its manifest seals.
+func (g *Guest) ReadSums(ctx context.Context, f Folder, d *chain.Disk) (*Sums, error) {
+	text, err := readFile(filepath.Join(g.FolderDir(f), d.Sums.File), maxSumsFile)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: disk %s: check sums: %w", g.Name, f.ID, d.Name, damage(err))
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if digest(text) != d.Sums.SHA256 {
+		return nil, fmt.Errorf("%s/%s: disk %s: %w: its check sums are not those of its manifest", g.Name, f.ID, d.Name, chain.ErrDamaged)
+	}
+	sums, err := parseSums(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: disk %s: %w: %w", g.Name, f.ID, d.Name, chain.ErrDamaged, err)
+	}
+	return sums, nil
+}

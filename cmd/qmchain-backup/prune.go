@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"qmchain/chain"
+	"qmchain/chain/repo"
+	"qmchain/chain/retain"
+	"qmchain/internal/durable"
+	"qmchain/internal/ui"
+)
+
+// removing are the flags of all that removes points.
+type removing struct {
+	Repo      string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
+	RateLimit string        `placeholder:"SIZE" help:"Merge at most this much a second, such as 50MiB."`
+	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another one who removes points of the guest."`
+}
+
+// sweep removes ids, which can be none, and does away with what is left of removed points, as far as that is possible now.
+func (c *removing) sweep(ctx context.Context, u *ui.UI, g *repo.Guest, force bool, choose func(chain.Points) ([]chain.ID, error)) error {
+	rate, err := size("--rate-limit", c.RateLimit)
+	if err != nil {
+		return err
+	}
+	lock, err := g.LockPrune(ctx, c.LockWait)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	points, problems, err := g.Points()
+	if err != nil {
+		return err
+	}
+	for _, p := range problems {
+		u.Log.Warnf("%v: nothing of what it may need is done away with", p.Err)
+	}
+	ids, err := choose(points)
+	if err != nil {
+		return err
+	}
+	r := &retain.Remover{Guest: g, Log: u.Log, RateLimit: rate}
+	if err := r.Remove(points, force, ids...); err != nil {
+		return err
+	}
+	left, err := r.Sweep(ctx)
+	for _, l := range left {
+		u.Log.Infof("%s/%s is removed, but its space is not free yet: %s", g.Name, l.ID, l.Why)
+	}
+	return err
+}
+
+type pruneCmd struct {
+	removing `embed:""`
+
+	KeepLast    int  `placeholder:"N" help:"Keep the last N points."`
+	KeepHourly  int  `placeholder:"N" help:"Keep the last point of each of the last N hours that have one."`
+	KeepDaily   int  `placeholder:"N" help:"The same for days."`
+	KeepWeekly  int  `placeholder:"N" help:"The same for weeks."`
+	KeepMonthly int  `placeholder:"N" help:"The same for months."`
+	KeepYearly  int  `placeholder:"N" help:"The same for years."`
+	KeepAll     bool `help:"Keep all points; only do away with what is left of removed ones."`
+	DryRun      bool `help:"Only show what would be kept and removed."`
+	JSON        bool `name:"json" help:"Print one JSON document."`
+
+	Guest []string `arg:"" optional:"" help:"Only these guests."`
+}
+
+// prunedPoint is one point in the output of prune --json.
+type prunedPoint struct {
+	Guest  string    `json:"guest"`
+	ID     chain.ID  `json:"id"`
+	Time   time.Time `json:"time"`
+	Bytes  int64     `json:"bytes"` // of its images
+	Keep   bool      `json:"keep"`
+	Reason string    `json:"reason"` // why it is kept
+}
+
+// Run goes on with the other guests where one fails, and fails at the end.
+func (c *pruneCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	policy := retain.Policy{Last: c.KeepLast, Hourly: c.KeepHourly, Daily: c.KeepDaily, Weekly: c.KeepWeekly, Monthly: c.KeepMonthly, Yearly: c.KeepYearly}
+	switch {
+	case min(c.KeepLast, c.KeepHourly, c.KeepDaily, c.KeepWeekly, c.KeepMonthly, c.KeepYearly) < 0:
+		return ui.Exit(ui.ExitUsage, errors.New("nothing can be kept a negative number of times"))
+	case policy.KeepsAll() && !c.KeepAll:
+		return ui.Exit(ui.ExitUsage, errors.New("say what to keep: --keep-last, --keep-hourly, --keep-daily, --keep-weekly, --keep-monthly, --keep-yearly, or --keep-all"))
+	case !policy.KeepsAll() && c.KeepAll:
+		return ui.Exit(ui.ExitUsage, errors.New("--keep-all goes with no other --keep option"))
+	}
+	r, err := repo.Open(c.Repo, fsys)
+	if err != nil {
+		return err
+	}
+	guests := c.Guest
+	if len(guests) == 0 {
+		if guests, err = r.Guests(); err != nil {
+			return err
+		}
+	}
+	pruned := []prunedPoint{}
+	var failed error
+	for _, name := range guests {
+		list, err := c.prune(ctx, u, r, name, policy)
+		pruned = append(pruned, list...)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			u.Log.Errorf("guest %s: %v", name, err)
+			failed = err
+		}
+	}
+	err = u.Result(c.JSON, pruned, func(w io.Writer) error { return printPruned(w, pruned) })
+	if err != nil || failed == nil {
+		return err
+	}
+	if len(guests) > 1 {
+		return ui.Exit(ui.ExitSomeFailed, fmt.Errorf("not all guests were pruned: %w", failed))
+	}
+	return failed
+}
+
+func (c *pruneCmd) prune(ctx context.Context, u *ui.UI, r *repo.Repo, name string, policy retain.Policy) (list []prunedPoint, err error) {
+	g, err := r.Guest(name)
+	if err != nil {
+		return nil, ui.Exit(ui.ExitUsage, err)
+	}
+	if tip, err := g.Tip(); err != nil {
+		return nil, err
+	} else if tip == "" && len(c.Guest) > 0 {
+		return nil, fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint)
+	}
+	choose := func(points chain.Points) (remove []chain.ID, err error) {
+		for _, v := range policy.Apply(points) {
+			p := prunedPoint{Guest: name, ID: v.Point.ID, Time: v.Point.Time, Keep: v.Keep, Reason: v.Reason}
+			for _, d := range v.Point.Disks {
+				p.Bytes += d.Bytes
+			}
+			list = append(list, p)
+			if !v.Keep {
+				remove = append(remove, p.ID)
+			}
+		}
+		return remove, nil
+	}
+	if !c.DryRun {
+		return list, c.sweep(ctx, u, g, false, func(points chain.Points) ([]chain.ID, error) {
+			ids, err := choose(points)
+			return ids, err
+		})
+	}
+	points, _, err := g.Points()
+	if err != nil {
+		return nil, err
+	}
+	_, err = choose(points)
+	return list, err
+}
+
+func printPruned(w io.Writer, points []prunedPoint) error {
+	if len(points) == 0 {
+		return nil
+	}
+	if _, err := fmt.Fprintln(w, "POINT\tTIME\tSIZE\t\tWHY"); err != nil {
+		return err
+	}
+	for _, p := range points {
+		what := map[bool]string{true: "keep", false: "remove"}[p.Keep]
+		_, err := fmt.Fprintf(w, "%s/%s\t%s\t%s\t%s\t%s\n", p.Guest, p.ID, p.Time.Local().Format("2006-01-02 15:04:05"), humanize.IBytes(uint64(p.Bytes)), what, p.Reason)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type removeCmd struct {
+	removing `embed:""`
+	Force    bool     `help:"Also points from which increments go on: the next run takes a full then."`
+	Point    []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
+}
+
+// Run removes all points or, where one can't be removed, none of that guest's.
+func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	r, err := repo.Open(c.Repo, fsys)
+	if err != nil {
+		return err
+	}
+	byGuest, order, err := pointsOf(c.Point)
+	if err != nil {
+		return err
+	}
+	for _, name := range order {
+		g, err := r.Guest(name)
+		if err != nil {
+			return err
+		}
+		err = c.sweep(ctx, u, g, c.Force, func(points chain.Points) ([]chain.ID, error) { return resolve(points, name, byGuest[name]) })
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type protectCmd struct {
+	Repo  string   `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
+	Point []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
+}
+
+func (c *protectCmd) Run(ctx context.Context, _ *ui.UI, fsys durable.FS) error {
+	return c.set(ctx, fsys, true)
+}
+
+type unprotectCmd struct {
+	protectCmd `embed:""`
+}
+
+func (c *unprotectCmd) Run(ctx context.Context, _ *ui.UI, fsys durable.FS) error {
+	return c.set(ctx, fsys, false)
+}
+
+func (c *protectCmd) set(ctx context.Context, fsys durable.FS, protected bool) error {
+	r, err := repo.Open(c.Repo, fsys)
+	if err != nil {
+		return err
+	}
+	byGuest, order, err := pointsOf(c.Point)
+	if err != nil {
+		return err
+	}
+	for _, name := range order {
+		g, err := r.Guest(name)
+		if err != nil {
+			return err
+		}
+		if err := protect(ctx, g, byGuest[name], protected); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func protect(ctx context.Context, g *repo.Guest, names []string, protected bool) error {
+	if tip, err := g.Tip(); err != nil || tip == "" {
+		return errors.Join(err, fmt.Errorf("guest %s has no point: %w", g.Name, chain.ErrNoPoint))
+	}
+	lock, err := g.LockPrune(ctx, time.Minute)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	points, _, err := g.Points()
+	if err != nil {
+		return err
+	}
+	ids, err := resolve(points, g.Name, names)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		err := g.Rewrite(repo.FolderOf(points.Find(id)), func(m *chain.Manifest) error {
+			m.Protected = protected
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pointsOf sorts the points that the user named by guest, in the order of the guests.
+func pointsOf(names []string) (byGuest map[string][]string, order []string, err error) {
+	byGuest = make(map[string][]string)
+	for _, s := range names {
+		ref, err := chain.ParseRef(s)
+		if err != nil {
+			return nil, nil, ui.Exit(ui.ExitUsage, err)
+		}
+		if byGuest[ref.Guest] == nil {
+			order = append(order, ref.Guest)
+		}
+		byGuest[ref.Guest] = append(byGuest[ref.Guest], ref.Point)
+	}
+	return byGuest, order, nil
+}
+
+// resolve finds the points that the user named.
+func resolve(points chain.Points, guest string, names []string) ([]chain.ID, error) {
+	var ids []chain.ID
+	for _, name := range names {
+		m, err := points.Resolve(name)
+		if err != nil {
+			return nil, fmt.Errorf("guest %s: %w", guest, err)
+		}
+		if !slices.Contains(ids, m.ID) {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids, nil
+}
