@@ -283,6 +283,44 @@ func (x *torture) goodRun(level chain.Level) {
 	x.guestIsClean()
 }
 
+// failTarget has writes to the images of a point fail in QEMU, the first one or a later one, one or all from then on.
+func failTarget(cmd *qmptest.CommandSeen, at int) {
+	var c map[string]any
+	if cmd.Name != "blockdev-add" || json.Unmarshal(cmd.Line, &c) != nil {
+		return
+	}
+	args := c["arguments"].(map[string]any)
+	file, ok := args["file"].(map[string]any)
+	if name, _ := args["node-name"].(string); !ok || !strings.HasPrefix(name, "qmchain-tgt") {
+		return
+	}
+	event := []string{"cluster_alloc", "write_aio"}[at/3%2]
+	fail := map[string]any{
+		"event": event, "iotype": []string{"write", "write-zeroes"}[at%2], "errno": []int{28, 5}[at/2%2], "once": at%3 == 0, "state": 1 + at%4,
+	}
+	if at%3 == 1 {
+		delete(fail, "iotype")
+	}
+	if at%4 == 0 {
+		fail["event"] = "none" // from the beginning on
+	}
+	var states []any
+	for i := range at % 4 {
+		states = append(states, map[string]any{"event": event, "state": i + 1, "new_state": i + 2})
+	}
+	debug := map[string]any{"driver": "blkdebug", "node-name": file["node-name"], "image": file, "inject-error": []any{fail}, "set-state": states}
+	delete(file, "node-name")
+	if states == nil {
+		delete(debug, "set-state")
+	}
+	args["file"] = debug
+	line, err := json.Marshal(c)
+	if err != nil {
+		panic(err)
+	}
+	cmd.Line = append(line, '\n')
+}
+
 // guestIsClean makes sure that the guest runs and that nothing of ours is in it but one bitmap a disk of the repository in
 // use, and what runs for the other one have left to that one's next run: bitmaps.
 func (x *torture) guestIsClean() {
@@ -325,7 +363,8 @@ func (x *torture) faultyRun() {
 	fault := []string{
 		"none", "kill at command", "kill at step", "connection lost", "connection lost after", "command refused", "killed at any time", "terminated",
 		"job cancelled", "fleece full", "QEMU killed", "QEMU quits", "step fails", "power loss", "agent is dead",
-	}[x.rand.IntN(15)]
+		"target fails",
+	}[x.rand.IntN(16)]
 	x.note("run, level %s, fault %q at %d", level, fault, at)
 
 	before, from := x.points(), x.ledger.Now()
@@ -338,6 +377,11 @@ func (x *torture) faultyRun() {
 		Before: func(n int, cmds []qmptest.CommandSeen) qmptest.Verdict {
 			if !died.Load() && n%3 == at%3 {
 				x.write(1)
+			}
+			if fault == "target fails" {
+				for i := range cmds {
+					failTarget(&cmds[i], at)
+				}
 			}
 			if n != at {
 				return qmptest.Verdict{}
@@ -508,4 +552,36 @@ func (x *torture) recheck() {
 			}
 		}
 	}
+}
+
+// A target that fails in QEMU, at whatever write, fails the run and nothing else.
+func TestTargetFailsInQEMU(t *testing.T) {
+	t.Parallel()
+	everywhere(t, func(t *testing.T, b *bench) {
+		b.write(20)
+		b.point(chain.Full)
+		failed := 0
+		for at := range 12 {
+			b.ledger.Forget()
+			b.write(20)
+			proxy := qmptest.NewProxy(t, b.vm.Socket, qmptest.Hooks{Before: func(_ int, cmds []qmptest.CommandSeen) qmptest.Verdict {
+				for i := range cmds {
+					failTarget(&cmds[i], at)
+				}
+				return qmptest.Verdict{}
+			}})
+			cmd, stderr := b.command(0, b.args(proxy.Addr())...)
+			switch err := cmd.Run(); {
+			case err == nil:
+			case cmd.ProcessState.ExitCode() == 1:
+				failed++
+			default:
+				t.Fatalf("%d: %v: %s", at, err, stderr)
+			}
+			b.after()
+		}
+		if failed < 6 {
+			t.Errorf("only %d of 12 runs failed", failed)
+		}
+	})
 }

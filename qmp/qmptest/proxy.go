@@ -30,7 +30,8 @@ type Verdict struct {
 // call Drop.
 type Hooks struct {
 	// Before is called with the commands that came in one write, before QEMU sees them; n is the number of
-	// the first one. A hook that kills the client must return Drop.
+	// the first one. A hook that kills the client must return Drop. It may change the commands' Lines, which is what
+	// QEMU gets.
 	Before func(n int, cmds []CommandSeen) Verdict
 
 	// After is called when QEMU has answered command n, before the client sees the reply. In a group of
