@@ -31,6 +31,7 @@ test: setup ## everything that CI runs
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@internal/testenv/fuzz.sh $(FUZZ)
+	@$(MAKE) --no-print-directory demo
 
 lint: $(LINT) ## gofmt, go vet, golangci-lint
 	@bad=$$("$$($(GO) env GOROOT)/bin/gofmt" -l .) && [ -z "$$bad" ] || { echo "not formatted with gofmt: $$bad"; exit 1; }

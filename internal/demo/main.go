@@ -165,7 +165,7 @@ func (d *demo) run() (err error) {
 	d.title("Without qmchain")
 	last := points[len(points)-1].name
 	fmt.Print(d.show("qemu-img", "compare", "-f", "qcow2", "-F", "raw",
-		filepath.Join(repo, last, "virtio1.qcow2"), filepath.Join(mnt, last, "virtio1.raw")))
+		filepath.Join(repo, filepath.Dir(last), "images", filepath.Base(last)+".virtio1.qcow2"), filepath.Join(mnt, last, "virtio1.raw")))
 
 	d.tool("qmchain-fuse", "umount", mnt)
 	used, err := exec.CommandContext(d.ctx, "du", "-sb", repo).Output()
