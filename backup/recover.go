@@ -246,7 +246,8 @@ func uselessBitmaps(v *view, repo string, points chain.Points, partials []chain.
 				continue
 			}
 			unfinished := slices.Contains(partials, name.Point) && points.Find(name.Point) == nil
-			passed := points.Find(name.Point) != nil && (points.Superseded(name) || name.Point < newest)
+			// A point that was removed is not there; one that is newer than all of them is another state of the repository's.
+			passed := name.Point < newest || points.Find(name.Point) != nil && points.Superseded(name)
 			if unfinished || passed {
 				useless = append(useless, bitmap{n.name, b.Name})
 			}

@@ -232,6 +232,22 @@ func DecodeManifest(text []byte) (*Manifest, error) {
 	return &m, nil
 }
 
+// KnowsAll returns an error if a manifest's file has keys that this version does not know: it can be read, but not be written
+// anew without a loss.
+func KnowsAll(text []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	var m struct {
+		*Manifest
+		Seal string `json:"seal"`
+	}
+	m.Manifest = &Manifest{}
+	if err := dec.Decode(&m); err != nil {
+		return fmt.Errorf("its manifest was written by a newer version of qmchain: %w", err)
+	}
+	return nil
+}
+
 // Validate checks the manifest's own rules. Names in it become paths, so what is not plainly a name in the point's own
 // folder is refused.
 func (m *Manifest) Validate() error {

@@ -58,6 +58,9 @@ func (ps Points) Tracked(b BitmapName) (*Layer, string) {
 	if m == nil {
 		return nil, "the point that its bitmap records from, " + string(b.Point) + ", is not in the repository"
 	}
+	if m.Base {
+		return nil, "the point that its bitmap records from, " + string(b.Point) + ", was removed"
+	}
 	d := m.Disk(b.Disk)
 	if d == nil || !d.Level.Tracked() {
 		return nil, "point " + string(b.Point) + " does not track disk " + b.Disk

@@ -46,7 +46,7 @@ func BenchmarkRead(b *testing.B) {
 		with := func(b *testing.B, flags int, read func(f *os.File)) {
 			b.StopTimer()
 			dir := b.TempDir()
-			m, err := fusefs.Mount(context.Background(), fusefs.Options{Repo: g.Repo, Dir: dir, Log: (&logBuffer{}).logger()})
+			m, err := fusefs.Mount(context.Background(), fusefs.Options{Set: openSet(b, g.Repo.Dir), Dir: dir, Log: (&logBuffer{}).logger()})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -13,66 +14,59 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"qmchain/chain"
-	"qmchain/chain/repo"
+	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
 )
 
-// listAge is how long a guest's list of points is used without a look at the repository. That look is one lstat for each
-// point at least, which on a network file system can be a round trip each.
+// listAge is how long a guest's list of points is used without a look at the set. That look is one lstat for each point
+// at least, which on a network file system can be a round trip each.
 const listAge = time.Second
 
 // errGone is returned for a folder of the tree that is no longer there: the point was removed, or another one has
 // taken its id.
 var errGone = errors.New("no longer there")
 
-// catalog knows what is in the repository.
+// catalog knows what is in the set.
 type catalog struct {
-	repo *repo.Repo
-	log  logrus.FieldLogger
-	now  func() time.Time
+	set source.Set
+	log logrus.FieldLogger
+	now func() time.Time
 
 	mu     sync.Mutex
 	guests map[string]*guestList
 }
 
-func newCatalog(r *repo.Repo, log logrus.FieldLogger, now func() time.Time) *catalog {
-	return &catalog{repo: r, log: log, now: now, guests: map[string]*guestList{}}
+func newCatalog(set source.Set, log logrus.FieldLogger, now func() time.Time) *catalog {
+	return &catalog{set: set, log: log, now: now, guests: map[string]*guestList{}}
 }
 
-// guestList keeps what was read of one guest. Its lock is held while the repository is read, so that many who ask at
-// once cause one reading, and a slow guest's folder does not hold up another's.
+// guestList keeps what was read of one guest. Its lock is held while the set is read, so that many who ask at once cause
+// one reading, and a slow guest's folder does not hold up another's.
 type guestList struct {
 	mu      sync.Mutex
 	current *listing
-	known   map[chain.ID]manifest
+	said    map[string]bool // what the log was told of the last look
 }
 
-// listing is a guest's folder as it was at one time. It is not changed afterwards, but for what it remembers.
+// listing is what a guest had at one time. It is not changed afterwards, but for what it remembers.
 type listing struct {
-	guest    *repo.Guest
-	at       time.Time
-	folder   tree.Stat
-	stamp    stamp
-	points   []tree.Point
-	lineage  chain.Points
+	guest  string
+	at     time.Time
+	folder tree.Stat
+	stamp  stamp
+	from   *source.Points
+	points []tree.Point // that are shown, oldest first
+	wrong  []chain.Problem
+
 	mu       sync.Mutex
-	remember map[string]remembered // by path of an image file
+	remember map[string]remembered  // by path of an image file
+	passed   map[string][]pointFile // by uuid of a point
 }
 
 type remembered struct {
 	stat tree.Stat
 	ok   bool
 }
-
-// manifest is what one reading of a manifest gave, and of which file.
-type manifest struct {
-	stamp stamp
-	m     *chain.Manifest
-	err   error
-}
-
-// lasting reports whether another reading of the same file would give the same.
-func (m manifest) lasting() bool { return m.err == nil || errors.Is(m.err, chain.ErrDamaged) }
 
 // stamp tells one state of a file or folder from another. The zero stamp is that of what is not there.
 type stamp struct {
@@ -113,9 +107,9 @@ func (c *catalog) list(p tree.Place) ([]tree.Node, error) {
 		return nil, err
 	}
 	if p.Files {
-		return listFiles(l.guest.PointDir(p.Point), p.UUID)
+		return l.listFiles(point)
 	}
-	contents, err := l.contents(point)
+	contents, err := c.contents(l, point)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +137,7 @@ func (c *catalog) find(p tree.Place, name string) (tree.Node, error) {
 
 // root is the mount's own folder.
 func (c *catalog) root() (tree.Node, error) {
-	info, err := os.Stat(c.repo.Dir)
+	info, err := os.Stat(c.set.Dir())
 	if err != nil {
 		return tree.Node{}, err
 	}
@@ -151,7 +145,7 @@ func (c *catalog) root() (tree.Node, error) {
 }
 
 func (c *catalog) listRoot() ([]tree.Node, error) {
-	names, err := c.repo.Guests()
+	names, err := c.set.Guests()
 	if err != nil {
 		return nil, err
 	}
@@ -169,15 +163,24 @@ func (c *catalog) listRoot() ([]tree.Node, error) {
 }
 
 func (c *catalog) findGuest(name string) (tree.Node, error) {
-	g, err := c.repo.Guest(name)
+	g, err := c.set.Guest(name)
 	if err != nil {
 		return tree.Node{}, fs.ErrNotExist // nothing can have that name
 	}
-	info, err := lstatDir(g.Dir)
+	info, err := c.statDir(g.Dir())
 	if err != nil {
 		return tree.Node{}, err
 	}
 	return tree.Guest(name, statOf(info)), nil
+}
+
+// statDir looks at a folder of the set. To the set's own directory, which in a foreign set is the guest's and the points'
+// too, a link may lead: the user has named it.
+func (c *catalog) statDir(path string) (fs.FileInfo, error) {
+	if path == c.set.Dir() {
+		return os.Stat(path)
+	}
+	return lstatDir(path)
 }
 
 // lstatDir looks at a folder; anything else of that name is as good as nothing.
@@ -233,7 +236,7 @@ func (c *catalog) point(p tree.Place) (*listing, tree.Point, error) {
 // guest returns a guest's points. Without fresh, that may be a list of up to listAge ago, if the folder's own stamp says
 // that no point came or went since.
 func (c *catalog) guest(name string, fresh bool) (*listing, error) {
-	g, err := c.repo.Guest(name)
+	g, err := c.set.Guest(name)
 	if err != nil {
 		return nil, err
 	}
@@ -247,73 +250,65 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 
 	list.mu.Lock()
 	defer list.mu.Unlock()
-	info, err := lstatDir(g.Dir) // before the folder is read: what changes meanwhile shows next time
+	info, err := c.statDir(g.Dir()) // before the points are read: what changes meanwhile shows next time
 	if err != nil {
-		list.current, list.known = nil, nil
+		list.current = nil
 		return nil, err
 	}
 	if l := list.current; !fresh && l != nil && l.stamp == stampOf(info) && c.now().Sub(l.at) < listAge {
 		return l, nil
 	}
-	l := &listing{guest: g, at: c.now(), folder: statOf(info), stamp: stampOf(info), remember: map[string]remembered{}}
-	if err := list.read(l, c.log); err != nil {
+	l := &listing{
+		guest: name, at: c.now(), folder: statOf(info), stamp: stampOf(info),
+		remember: map[string]remembered{}, passed: map[string][]pointFile{},
+	}
+	if l.from, err = g.Points(); err != nil {
 		return nil, err
 	}
+	l.wrong = l.from.Problems
+	for _, m := range l.from.All.Kept() {
+		info, err := c.statDir(l.from.Folder(m))
+		switch {
+		case err == nil:
+			l.points = append(l.points, tree.Point{Manifest: m, Folder: statOf(info).Perm})
+		case !errors.Is(err, fs.ErrNotExist): // removed meanwhile
+			l.wrong = append(slices.Clip(l.wrong), chain.Problem{Point: string(m.ID), Err: err})
+		}
+	}
+	list.tell(c.log, l)
 	list.current = l
 	return l, nil
 }
 
-// read fills l. A manifest is read again only if its file is not the one that was read before.
-func (list *guestList) read(l *listing, log logrus.FieldLogger) error {
-	entries, err := os.ReadDir(l.guest.Dir) // sorted by name, as ids are by age
-	if err != nil {
-		return fmt.Errorf("guest %s: %w", l.guest.Name, err)
-	}
-	known := make(map[chain.ID]manifest, len(list.known))
-	for _, e := range entries {
-		id, err := chain.ParseID(e.Name())
-		if err != nil || !e.IsDir() {
-			continue
+// tell logs what is wrong with the points, and only what the last look has not found already. What makes many disks
+// doubtful is said once.
+func (list *guestList) tell(log logrus.FieldLogger, l *listing) {
+	said := make(map[string]bool, len(list.said))
+	say := func(key, text string) {
+		if !said[key] && !list.said[key] {
+			log.Warn(text)
 		}
-		folder, now, err := look(l.guest.PointDir(id))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed meanwhile
+		said[key] = true
+	}
+	for _, p := range l.wrong {
+		text := fmt.Sprintf("point %s/%s can't be read and is not shown: %v", l.guest, p.Point, p.Err)
+		if p.Disk != "" {
+			text = fmt.Sprintf("point %s/%s: disk %s can't be read: %v", l.guest, p.Point, p.Disk, p.Err)
 		}
-		read, ok := list.known[id]
-		if same := ok && read.stamp == now; !same || !read.lasting() {
-			var m *chain.Manifest
-			if err == nil {
-				m, err = l.guest.Point(id)
-			}
-			if err != nil && (!same || err.Error() != read.err.Error()) {
-				log.WithError(err).Warnf("point %s/%s can't be read and is not shown", l.guest.Name, id)
-			}
-			read = manifest{now, m, err}
+		say(text, text)
+	}
+	disks := map[string]int{}
+	for _, w := range l.from.Warnings {
+		disks[w.Err.Error()]++
+	}
+	for _, w := range l.from.Warnings {
+		why, more := w.Err.Error(), ""
+		if n := disks[why]; n > 1 {
+			more = fmt.Sprintf(", and %d more disks or points", n-1)
 		}
-		known[id] = read
-		if read.err == nil {
-			l.points = append(l.points, tree.Point{Manifest: read.m, Folder: folder})
-			l.lineage = append(l.lineage, read.m)
-		}
+		say(why, fmt.Sprintf("point %s/%s: disk %s%s: %s", l.guest, w.Point, w.Disk, more, why))
 	}
-	list.known = known
-	return nil
-}
-
-// look looks at a point's folder and at the manifest in it. A manifest that is missing is for repo to complain of.
-func look(dir string) (tree.Perm, stamp, error) {
-	info, err := lstatDir(dir)
-	if err != nil {
-		return tree.Perm{}, stamp{}, err
-	}
-	file, err := os.Lstat(filepath.Join(dir, chain.ManifestFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return statOf(info).Perm, stamp{}, nil
-	}
-	if err != nil {
-		return tree.Perm{}, stamp{}, err
-	}
-	return statOf(info).Perm, stampOf(file), nil
+	list.said = said
 }
 
 // find returns the point of that id.
@@ -326,52 +321,111 @@ func (l *listing) find(id chain.ID) (tree.Point, bool) {
 	return tree.Point{}, false
 }
 
-// contents looks at what is in a point's folder.
-func (l *listing) contents(p tree.Point) (tree.Contents, error) {
-	dir := l.guest.PointDir(p.Manifest.ID)
-	file, err := os.Lstat(filepath.Join(dir, chain.ManifestFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("%s/%s: %w", l.guest.Name, p.Manifest.ID, errGone)
-	}
+// contents looks at what there is of a point.
+func (c *catalog) contents(l *listing, p tree.Point) (tree.Contents, error) {
+	out := tree.Contents{Point: p, Lineage: l.from.All, Image: l.image}
+	files, err := l.files(p.Manifest)
 	if err != nil {
 		return tree.Contents{}, err
 	}
-	c := tree.Contents{Point: p, Lineage: l.lineage, Manifest: statOf(file), Image: l.image}
-	if info, err := lstatDir(filepath.Join(dir, tree.FilesFolder)); err == nil {
-		s := statOf(info)
-		c.Files = &s
-	}
-	return c, nil
-}
-
-// image looks at an image file, once for each listing: points of a chain share most of theirs.
-func (l *listing) image(layer chain.Layer) (tree.Stat, bool) {
-	path := l.guest.ImagePath(layer.Point.ID, layer.Disk.Name)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	r, ok := l.remember[path]
-	if !ok {
-		if info, err := os.Lstat(path); err == nil {
-			r = remembered{statOf(info), true}
+	for _, f := range files {
+		if f.path == chain.ManifestFile {
+			out.Manifest = &f.stat
+			continue
 		}
-		l.remember[path] = r
+		if out.Files != nil {
+			continue
+		}
+		info, err := c.statDir(filepath.Join(l.from.Folder(p.Manifest), filepath.Dir(f.path)))
+		if err != nil {
+			return tree.Contents{}, fmt.Errorf("%s/%s: %w", l.guest, p.Manifest.ID, err)
+		}
+		s := statOf(info)
+		out.Files = &s
 	}
-	return r.stat, r.ok
+	return out, nil
 }
 
-// listFiles lists a point's configuration files: regular files only, as nothing else belongs there.
-func listFiles(dir, uuid string) ([]tree.Node, error) {
-	entries, err := os.ReadDir(filepath.Join(dir, tree.FilesFolder))
+// pointFile is a file of a point that is no image.
+type pointFile struct {
+	path string // in the point's folder
+	stat tree.Stat
+}
+
+// files looks at the files of a point that are passed through, once for each listing: each name that is looked up in a
+// point needs them. They are regular files that no link leads out of the point's folder to.
+func (l *listing) files(m *chain.Manifest) ([]pointFile, error) {
+	l.mu.Lock()
+	files, ok := l.passed[m.UUID]
+	l.mu.Unlock()
+	if ok {
+		return files, nil
+	}
+	files, err := lookAt(l.from, m)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = errGone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s/%s: %w", l.guest, m.ID, err)
+	}
+	l.mu.Lock()
+	l.passed[m.UUID] = files
+	l.mu.Unlock()
+	return files, nil
+}
+
+func lookAt(from *source.Points, m *chain.Manifest) ([]pointFile, error) {
+	paths, err := from.Files(m)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(from.Folder(m))
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	var files []pointFile
+	for _, path := range paths {
+		info, err := root.Lstat(path)
+		switch {
+		case path == chain.ManifestFile && err != nil:
+			return nil, err
+		case err == nil && info.Mode().IsRegular():
+			files = append(files, pointFile{path, statOf(info)})
+		}
+	}
+	return files, nil
+}
+
+// listFiles lists a point's configuration files.
+func (l *listing) listFiles(p tree.Point) ([]tree.Node, error) {
+	files, err := l.files(p.Manifest)
 	if err != nil {
 		return nil, err
 	}
 	var nodes []tree.Node
-	for _, e := range entries {
-		info, err := e.Info()
-		if err != nil || !info.Mode().IsRegular() {
-			continue
+	for _, f := range files {
+		if f.path != chain.ManifestFile {
+			nodes = append(nodes, tree.GuestFile(p.Manifest.UUID, f.path, f.stat))
 		}
-		nodes = append(nodes, tree.GuestFile(uuid, e.Name(), statOf(info)))
 	}
 	return nodes, nil
+}
+
+// image looks at an image file, once for each listing: points of a chain share most of theirs.
+func (l *listing) image(layer chain.Layer) (tree.Stat, bool) {
+	at, ok := l.from.Image(layer)
+	if !ok {
+		return tree.Stat{}, false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	r, ok := l.remember[at.Path]
+	if !ok {
+		if info, err := os.Lstat(at.Path); err == nil {
+			r = remembered{statOf(info), true}
+		}
+		l.remember[at.Path] = r
+	}
+	return r.stat, r.ok
 }

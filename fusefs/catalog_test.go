@@ -11,6 +11,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/repo/repotest"
+	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
 )
 
@@ -23,7 +24,11 @@ func TestCoarseTimestamps(t *testing.T) {
 	g.Add(repotest.Disk{Name: "scsi0", Size: 1 << 20})
 	log, _ := test.NewNullLogger()
 	now := start
-	c := newCatalog(g.Repo, log, func() time.Time { return now })
+	set, err := source.Open(g.Repo.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newCatalog(set, log, func() time.Time { return now })
 	place := tree.Place{Guest: "110"}
 	list := func(what string, want int) {
 		t.Helper()

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"qmchain/chain"
 	"qmchain/chain/image"
 	"qmchain/fusefs/tree"
 )
@@ -75,7 +76,11 @@ func (d *disks) openImage(p tree.Place, disk string) (image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.guest.OpenDisk(d.pool, l.lineage, point.Manifest, disk)
+	img, err := l.from.OpenDisk(d.pool, point.Manifest, disk)
+	if errors.Is(err, chain.ErrNoPoint) {
+		return nil, fmt.Errorf("%w: %w", errGone, err) // since it was listed
+	}
+	return img, err
 }
 
 // release gives a handle back; the last one closes the image.

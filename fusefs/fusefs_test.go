@@ -22,8 +22,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qmchain/chain"
+	"qmchain/chain/image"
 	"qmchain/chain/repo"
 	"qmchain/chain/repo/repotest"
+	"qmchain/chain/source"
 	"qmchain/fusefs"
 )
 
@@ -62,20 +64,36 @@ type mount struct {
 	log *logBuffer
 }
 
+func openSet(t testing.TB, dir string) source.Set {
+	t.Helper()
+	set, err := source.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
 func mountRepo(t *testing.T, r *repo.Repo) *mount {
 	t.Helper()
-	dir := t.TempDir()
-	m, err := tryMount(t, r, dir)
+	return mountSet(t, r.Dir, image.PoolOptions{})
+}
+
+// mountSet mounts the set in a directory.
+func mountSet(t *testing.T, from string, pool image.PoolOptions) *mount {
+	t.Helper()
+	m, err := tryMount(t, from, t.TempDir(), pool)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return m
 }
 
-func tryMount(t *testing.T, r *repo.Repo, dir string) (*mount, error) {
+func tryMount(t *testing.T, from, dir string, pool image.PoolOptions) (*mount, error) {
 	t.Helper()
 	log := &logBuffer{}
-	m, err := fusefs.Mount(context.Background(), fusefs.Options{Repo: r, Dir: dir, Log: log.logger()})
+	set := openSet(t, from)
+	t.Cleanup(func() { _ = set.Close() })
+	m, err := fusefs.Mount(context.Background(), fusefs.Options{Set: set, Dir: dir, Log: log.logger(), Pool: pool})
 	if err != nil {
 		return nil, err
 	}

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qmchain/chain/image"
-	"qmchain/chain/repo"
+	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
 )
 
@@ -26,24 +26,25 @@ import (
 var (
 	// ErrNoFUSE: the kernel has no FUSE, or this user may not use it.
 	ErrNoFUSE = errors.New("FUSE can't be used")
-	// ErrMounted: there is a mount of a repository already.
+	// ErrMounted: there is a mount of a set already.
 	ErrMounted = errors.New("already mounted")
 	// ErrStale: there is a mount whose server is gone. It must be unmounted first.
 	ErrStale = errors.New("a mount without a server is left there")
-	// ErrNested: the repository and the mount point are within one another: reading the one would need the other.
-	ErrNested = errors.New("repository and mount point are within one another")
+	// ErrNested: the set and the mount point are within one another: reading the one would need the other.
+	ErrNested = errors.New("what is to be mounted and the mount point are within one another")
 	// ErrBusy: a file of the mount is in use.
 	ErrBusy = errors.New("in use")
-	// ErrHangs: the mount has ended, but a read of the repository has not returned. Only the end of the process ends it.
-	ErrHangs = errors.New("a read of the repository hangs")
+	// ErrHangs: the mount has ended, but a read of the set has not returned. Only the end of the process ends it.
+	ErrHangs = errors.New("a read of the backups hangs")
 )
 
 // Options say what to mount and where.
 type Options struct {
-	Repo *repo.Repo
+	// Set is what to mount. It must stay open until the mount has ended.
+	Set source.Set
 	// Dir is the mount point.
 	Dir string
-	// AllowOther lets other users than the one who mounts in, as far as the modes of the repository do.
+	// AllowOther lets other users than the one who mounts in, as far as the modes of the set's files do.
 	AllowOther bool
 	// Pool bounds what open images use. Zero values are its own defaults, but for the number of open files, which is then
 	// taken from what the process may have.
@@ -88,7 +89,7 @@ func fuseOptions(allowOther bool) []string {
 const (
 	// lockLimit is for another server at the same place to end, right after its unmount.
 	lockLimit = 5 * time.Second
-	// answerLimit is for the first answer: it needs one look at the repository's folder.
+	// answerLimit is for the first answer: it needs one look at the set's folder.
 	answerLimit = 30 * time.Second
 	// busyLimit is how long Unmount waits for files that are in use.
 	busyLimit = 3 * time.Second
@@ -115,7 +116,7 @@ type Mounted struct {
 	err    error // set before gone is closed
 }
 
-// Mount mounts a repository and serves it until the mount ends, however that comes: Unmount, umount(8) by somebody else,
+// Mount mounts a set and serves it until the mount ends, however that comes: Unmount, umount(8) by somebody else,
 // or an abort by the kernel. ctx is for the making of the mount only. It wraps ErrNoFUSE, ErrMounted, ErrStale, ErrNested,
 // fs.ErrNotExist, or what the system says of the mount point.
 func Mount(ctx context.Context, o Options) (*Mounted, error) {
@@ -123,7 +124,7 @@ func Mount(ctx context.Context, o Options) (*Mounted, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkNesting(o.Repo.Dir, dir); err != nil {
+	if err := checkNesting(o.Set.Dir(), dir); err != nil {
 		return nil, err
 	}
 	place, err := takePlace(ctx, dir)
@@ -132,13 +133,13 @@ func Mount(ctx context.Context, o Options) (*Mounted, error) {
 	}
 	if names, err := place.Readdirnames(1); err == nil && len(names) > 0 {
 		// Often on purpose: a file that shows that nothing is mounted.
-		o.Log.Warnf("mount point %s is not empty: what is in it is hidden as long as the repository is mounted", dir)
+		o.Log.Warnf("mount point %s is not empty: what is in it is hidden as long as the backups are mounted", dir)
 	}
 	if o.Pool.MaxFiles == 0 {
 		o.Pool.MaxFiles = maxFiles()
 	}
 	m := &Mounted{dir: dir, log: o.Log, place: place, served: make(chan struct{}), gone: make(chan struct{})}
-	c := newCatalog(o.Repo, o.Log, time.Now)
+	c := newCatalog(o.Set, o.Log, time.Now)
 	m.fsys = &fileSystem{
 		catalog: c,
 		disks:   newDisks(c, image.NewPool(o.Pool)),
@@ -167,7 +168,7 @@ func maxFiles() int {
 
 // start makes the mount and sees that it answers.
 func (m *Mounted) start(ctx context.Context, o Options) error {
-	fd, err := device(ctx, m.dir, o.Repo.Dir, o.AllowOther)
+	fd, err := device(ctx, m.dir, o.Set.Dir(), o.AllowOther)
 	if err != nil {
 		return err
 	}
@@ -319,7 +320,7 @@ func checkMountPoint(ctx context.Context, dir string) (string, error) {
 	}
 	if top, ok := topMount(mounts, path); ok && top.fsType == fsType {
 		if answers(ctx, path) {
-			return "", fmt.Errorf("%s: %w (repository %s)", path, ErrMounted, top.source)
+			return "", fmt.Errorf("%s: %w (%s)", path, ErrMounted, top.source)
 		}
 		return "", fmt.Errorf("%s: %w", path, ErrStale)
 	}
@@ -374,12 +375,12 @@ func answers(ctx context.Context, path string) bool {
 }
 
 // checkNesting refuses what would make the server wait for itself.
-func checkNesting(repo, dir string) error {
-	repo, err := filepath.EvalSymlinks(repo)
+func checkNesting(set, dir string) error {
+	set, err := filepath.EvalSymlinks(set)
 	if err != nil {
-		return fmt.Errorf("repository: %w", err)
+		return err
 	}
-	for _, pair := range [][2]string{{repo, dir}, {dir, repo}} {
+	for _, pair := range [][2]string{{set, dir}, {dir, set}} {
 		outer, err := os.Stat(pair[0])
 		if err != nil {
 			return err
@@ -390,7 +391,7 @@ func checkNesting(repo, dir string) error {
 				return err
 			}
 			if os.SameFile(outer, info) {
-				return fmt.Errorf("%s, %s: %w", repo, dir, ErrNested)
+				return fmt.Errorf("%s, %s: %w", set, dir, ErrNested)
 			}
 			if path == "/" {
 				break

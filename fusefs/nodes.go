@@ -15,6 +15,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/sirupsen/logrus"
 
+	"qmchain/chain/repo"
 	"qmchain/fusefs/tree"
 )
 
@@ -148,11 +149,11 @@ func (x *node) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) sy
 	return 0
 }
 
-// Statfs is that of the file system that the repository is on.
+// Statfs is that of the file system that the set is on.
 func (x *node) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
 	var st syscall.Statfs_t
-	if err := syscall.Statfs(x.fsys.catalog.repo.Dir, &st); err != nil {
-		return x.fsys.errno("repository "+x.fsys.catalog.repo.Dir, err)
+	if err := syscall.Statfs(x.fsys.catalog.set.Dir(), &st); err != nil {
+		return x.fsys.errno(x.fsys.catalog.set.Dir(), err)
 	}
 	out.FromStatfsT(&st)
 	return 0
@@ -299,7 +300,7 @@ func (x *link) Readlink(context.Context) ([]byte, syscall.Errno) {
 	return []byte(n.Target), 0
 }
 
-// file is a file of the repository, passed through.
+// file is a file of the set, passed through.
 type file struct{ node }
 
 var _ fs.NodeOpener = (*file)(nil)
@@ -318,11 +319,11 @@ func (x *file) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 
 // open opens the file. No symbolic link leads it out of the point's folder.
 func (x *file) open() (*os.File, error) {
-	l, _, err := x.fsys.catalog.point(x.in)
+	l, point, err := x.fsys.catalog.point(x.in)
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.OpenRoot(l.guest.PointDir(x.in.Point))
+	root, err := os.OpenRoot(l.from.Folder(point.Manifest))
 	if err != nil {
 		return nil, err
 	}
@@ -371,6 +372,9 @@ func (x *disk) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 		return nil, 0, syscall.EROFS
 	}
 	o, err := x.fsys.disks.acquire(x.in, x.n.Disk)
+	if errors.Is(err, repo.ErrLocked) {
+		return nil, 0, syscall.EBUSY // for as long as a merge lasts below which nothing can be read
+	}
 	if err != nil {
 		if !errors.Is(err, errGone) && !errors.Is(err, errUnmounted) {
 			// Also where a layer is missing, which must not look like a disk that isn't there.

@@ -17,9 +17,8 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
-	"qmchain/chain/repo"
+	"qmchain/chain/image"
 	"qmchain/fusefs"
-	"qmchain/internal/durable"
 )
 
 // ended waits for the end of a mount and returns what Wait does.
@@ -46,7 +45,7 @@ func TestUnmountFromOutside(t *testing.T) {
 		t.Errorf("still mounted: %s", line)
 	}
 	// The place is free again at once.
-	if again, err := tryMount(t, smallGuest(t).Repo, m.dir); err != nil {
+	if again, err := tryMount(t, smallGuest(t).Repo.Dir, m.dir, image.PoolOptions{}); err != nil {
 		t.Error(err)
 	} else if err := again.Unmount(t.Context()); err != nil {
 		t.Error(err)
@@ -244,13 +243,10 @@ func TestUnmountWhileTheRepositoryHangs(t *testing.T) {
 		_ = unix.Unmount(slow, unix.MNT_FORCE|unix.MNT_DETACH)
 		server.Wait()
 	})
-	r, err := repo.Open(slow, durable.FS{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	set := openSet(t, slow)
 	dir := t.TempDir()
 	log := &logBuffer{}
-	m, err := fusefs.Mount(t.Context(), fusefs.Options{Repo: r, Dir: dir, Log: log.logger()})
+	m, err := fusefs.Mount(t.Context(), fusefs.Options{Set: set, Dir: dir, Log: log.logger()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,7 +313,7 @@ func TestMountRefused(t *testing.T) {
 		{"mounted already", mounted.dir, fusefs.ErrMounted},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			m, err := tryMount(t, g.Repo, test.dir)
+			m, err := tryMount(t, g.Repo.Dir, test.dir, image.PoolOptions{})
 			if !errors.Is(err, test.want) {
 				t.Errorf("%v, want %v", err, test.want)
 			}
@@ -334,6 +330,7 @@ func TestMountRefused(t *testing.T) {
 func TestMountRace(t *testing.T) {
 	t.Parallel()
 	g := smallGuest(t)
+	set := openSet(t, g.Repo.Dir)
 	dir := t.TempDir()
 	t.Cleanup(func() {
 		for unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH) == nil { // each that won
@@ -343,7 +340,7 @@ func TestMountRace(t *testing.T) {
 	errs := make(chan error)
 	for range 4 {
 		go func() {
-			_, err := fusefs.Mount(t.Context(), fusefs.Options{Repo: g.Repo, Dir: dir, Log: (&logBuffer{}).logger()})
+			_, err := fusefs.Mount(t.Context(), fusefs.Options{Set: set, Dir: dir, Log: (&logBuffer{}).logger()})
 			errs <- err
 		}()
 	}

@@ -39,6 +39,10 @@ const (
 	snapshotTime = "2006-01-02-15:04:05"
 )
 
+// UTCSnapshots is the identity (see qcow2.SetIdentity) of a full whose snapshots are
+// called by UTC: those that were not made by qmprestore but by package standard.
+const UTCSnapshots = "qmchain: snapshots are named by UTC"
+
 // target is a directory that qmpbackup was given, or a month of it.
 type target struct {
 	d       *dir
@@ -271,14 +275,16 @@ func (b *builder) add(c *lineage) {
 	}
 	lastEpoch := int64(bareEpoch)
 	var merged []int64
+	exact := false // merged are of a known zone
 	for _, f := range c.dated {
 		s, h := c.image(f.entry, f.level)
 		switch f.level {
 		case chain.Full:
 			last, merged = b.full(s, h, f.epoch)
+			exact = h.utc
 		case chain.Inc:
 			s.parent = last
-			if slices.ContainsFunc(merged, func(t int64) bool { return sameButZone(t, f.epoch) }) {
+			if slices.ContainsFunc(merged, func(t int64) bool { return t == f.epoch || !exact && sameButZone(t, f.epoch) }) {
 				s.refused = damaged("it was merged into %s already", short(last.file))
 				b.put(s, f.epoch)
 				continue
@@ -438,6 +444,7 @@ type head struct {
 	backing   string
 	snapshots []qcow2.Snapshot
 	same      bool // the newest snapshot is what the active disk is
+	utc       bool // the names of snapshots are of UTC
 }
 
 func readHead(d *dir, rel string, e entry) (head, error) {
@@ -449,6 +456,7 @@ func readHead(d *dir, rel string, e entry) (head, error) {
 		out := head{qcow2: true}
 		if err == nil {
 			out.size, out.backing = h.VirtualSize, h.BackingFile
+			out.utc = string(h.Identity()) == UTCSnapshots
 			out.snapshots, out.same, err = readSnapshots(f, e.info.Size(), h)
 		}
 		if out.err = damage(err); err != nil && !errors.Is(out.err, chain.ErrDamaged) {
@@ -500,7 +508,7 @@ func (b *builder) full(s *stored, h head, epoch int64) (last *stored, merged []i
 		one := *s
 		one.size, one.snapshot = snapshot.VirtualSize, snapshot.ID
 		one.reason = fmt.Sprintf("merged into a full, as its snapshot %q", snapshot.Name)
-		// Local time, of a zone that nothing tells.
+		// Local time, of a zone that nothing tells, but for h.utc.
 		if t, err := time.Parse(snapshotTime, snapshot.Name); err == nil {
 			at = t.Unix()
 			merged = append(merged, at)

@@ -49,6 +49,8 @@ type file struct {
 	name  string // for errors
 	stamp stamp
 
+	changing bool // see Layer.Changing
+
 	// verify, if set, looks at a file that was opened again.
 	verify func(io.ReaderAt) error
 
@@ -253,7 +255,11 @@ func (f *file) same(fd int) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return ErrNotRegular
 	}
-	if now := stampOf(&st); now != f.stamp {
+	now := stampOf(&st)
+	if f.changing && now.dev == f.stamp.dev && now.ino == f.stamp.ino {
+		return nil
+	}
+	if now != f.stamp {
 		switch {
 		case now.dev != f.stamp.dev || now.ino != f.stamp.ino:
 			return fmt.Errorf("%w: another file has taken its place", ErrChanged)

@@ -111,6 +111,11 @@ type Layer struct {
 	// size is refused with ErrChanged: it was cut off, or has grown.
 	Bytes int64
 
+	// Changing says that the file is being written to meanwhile, where the layers
+	// above hide it. When it is opened again it must still be the same file, but
+	// its size, time and header need not be the same.
+	Changing bool
+
 	// Snapshot is the id or name of an internal snapshot of a qcow2 file; "" is
 	// its active disk.
 	Snapshot string

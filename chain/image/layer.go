@@ -40,6 +40,7 @@ type mapped interface {
 type layerKey struct {
 	path, name, snapshot string
 	format               Format
+	changing             bool
 	stamp                stamp
 }
 

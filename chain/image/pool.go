@@ -124,11 +124,12 @@ func (p *Pool) layer(spec Layer) (*layer, error) {
 	if spec.Bytes >= 0 && now.size != spec.Bytes {
 		return nil, fmt.Errorf("%s: %w: %d bytes, %d expected", spec.Name, ErrChanged, now.size, spec.Bytes)
 	}
-	k := layerKey{path: spec.Path, name: spec.Name, snapshot: spec.Snapshot, format: spec.Format, stamp: now}
+	k := layerKey{path: spec.Path, name: spec.Name, snapshot: spec.Snapshot, format: spec.Format, changing: spec.Changing, stamp: now}
 	l := p.known(k)
 	if l == nil {
 		// Without the lock: a slow file must not hold up other images.
 		l = &layer{key: k, file: p.files.newFile(spec.Path, spec.Name, now)}
+		l.file.changing = spec.Changing
 		if err := l.open(p); err != nil {
 			p.files.forget(l.file)
 			return nil, err

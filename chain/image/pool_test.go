@@ -282,6 +282,50 @@ func TestChanged(t *testing.T) {
 	}
 }
 
+// A layer that is known to be written to below the others is read on when its file was closed and is opened again, whatever
+// its size, time and header are now; but only the same file.
+func TestChanging(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	base, top, other := filepath.Join(dir, "base"), filepath.Join(dir, "top"), filepath.Join(dir, "other")
+	for _, path := range []string{base, top, other} {
+		imagetest.QemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
+	}
+	imagetest.QemuIO(t, "qcow2", base, "write -P 5 0 64k")
+	imagetest.QemuIO(t, "qcow2", top, "write -P 6 64k 64k")
+	pool := image.NewPool(image.PoolOptions{MaxFiles: 1})
+	below := layerOf(base, image.Qcow2)
+	below.Changing, below.Bytes = true, -1
+	img := open(t, pool, below, layerOf(top, image.Qcow2))
+	read := func() error {
+		for off, want := range map[int64]byte{0: 5, 64 << 10: 6} {
+			open(t, pool, layerOf(other, image.Qcow2)) // takes the only place for files
+			buf := make([]byte, 1)
+			if _, err := img.ReadAt(buf, off); err != nil {
+				return err
+			}
+			if buf[0] != want {
+				t.Errorf("%d at %d", buf[0], off)
+			}
+		}
+		return nil
+	}
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+	imagetest.QemuIO(t, "qcow2", base, "write -P 7 64k 64k")
+	imagetest.QemuImg(t, "rebase", "-u", "-f", "qcow2", "-b", other, "-F", "qcow2", base)
+	if err := read(); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(os.Rename(base, base+".old"), os.Rename(top, base)); err != nil {
+		t.Fatal(err)
+	}
+	if err := read(); !errors.Is(err, image.ErrChanged) && !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("another file: %v", err)
+	}
+}
+
 // A file that is cut off while it is open gives an error, never zeroes.
 func TestCutOff(t *testing.T) {
 	t.Parallel()

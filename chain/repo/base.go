@@ -5,14 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"qmchain/chain"
+	"qmchain/chain/image"
 	"qmchain/chain/qcow2"
 )
 
@@ -51,6 +55,17 @@ func ParseFolder(name string) (f Folder, ok bool) {
 	return Folder{ID: id, Base: true, Name: name}, err == nil
 }
 
+// hiddenID is the id in the name of a hidden folder with that suffix; ok is false for all else.
+func hiddenID(e fs.DirEntry, suffix string) (id chain.ID, ok bool) {
+	name, isHidden := strings.CutPrefix(e.Name(), partialPrefix)
+	name, hasSuffix := strings.CutSuffix(name, suffix)
+	if !isHidden || !hasSuffix || !e.IsDir() {
+		return "", false
+	}
+	id, err := chain.ParseID(name)
+	return id, err == nil
+}
+
 // FolderOf is the folder that a manifest was read from.
 func FolderOf(m *chain.Manifest) Folder {
 	if m.Base {
@@ -76,7 +91,11 @@ func (g *Guest) Read(f Folder) (*chain.Manifest, error) {
 	}
 	for i := range m.Disks {
 		if d := &m.Disks[i]; d.Next != nil {
-			if g.advanced(m.ID, d) {
+			advanced, err := g.advanced(m.ID, d)
+			if err != nil {
+				return nil, fmt.Errorf("%s/%s: disk %s: %w", g.Name, m.ID, d.Name, err)
+			}
+			if advanced {
 				d.Advance()
 			}
 			d.Next = nil
@@ -99,22 +118,40 @@ func (g *Guest) decode(f Folder) (*chain.Manifest, error) {
 		return nil, fmt.Errorf("%s/%s: %w: its manifest is that of %s/%s", g.Name, f.ID, chain.ErrDamaged, m.Guest.Name, m.ID)
 	}
 	m.Base = f.Base
+	for _, d := range m.Disks {
+		if d.Merging != nil && !m.Base {
+			return nil, fmt.Errorf("%s/%s: %w: disk %s is said to be merged, but it is no base", g.Name, f.ID, chain.ErrDamaged, d.Name)
+		}
+	}
 	return m, nil
 }
 
-// advanced reports whether a disk's image is that of the next generation. What is neither is for who opens it to find.
-func (g *Guest) advanced(id chain.ID, d *chain.Disk) bool {
+// advanced reports whether a disk's image is that of the next generation. Where it can't be looked at nobody must take it for
+// one or the other.
+func (g *Guest) advanced(id chain.ID, d *chain.Disk) (bool, error) {
 	f, err := os.OpenFile(g.ImagePath(id, d.Name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return false
+		return false, damage(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return false
+	if err != nil {
+		return false, err
+	}
+	if !info.Mode().IsRegular() {
+		return false, damage(image.ErrNotRegular)
 	}
 	h, err := qcow2.ReadHeader(f, info.Size())
-	return err == nil && h.BackingFile == backingName(d.Next.Parent)
+	if err != nil {
+		return false, damage(err)
+	}
+	switch h.BackingFile {
+	case backingName(d.Next.Parent):
+		return true, nil
+	case backingName(d.Parent):
+		return false, nil
+	}
+	return false, fmt.Errorf("%w: its image names the backing file %q", chain.ErrDamaged, h.BackingFile)
 }
 
 // backingName is what an image on parent has as its backing file; nil is none.
@@ -127,9 +164,18 @@ func backingName(parent *chain.ImageRef) string {
 
 // hold keeps a point's images from being changed or removed until release is called. Where the file system knows no locks, or
 // the repository can only be read and was copied without its lock files, there is nothing to hold.
-func (g *Guest) hold(id chain.ID) (release func(), err error) {
+//
+// A base is for those who remove points to look at, who hold it already.
+func (g *Guest) hold(point *chain.Manifest) (release func(), err error) {
+	if point.Base {
+		return func() {}, nil
+	}
+	id := point.ID
 	f, err := os.OpenFile(filepath.Join(g.PointDir(id), readLockFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
+		if !exists(g.PointDir(id)) {
+			return nil, fmt.Errorf("%s/%s was removed just now: %w", g.Name, id, chain.ErrNoPoint)
+		}
 		return func() {}, nil //nolint:nilerr // see above
 	}
 	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
@@ -147,7 +193,13 @@ func (g *Guest) hold(id chain.ID) (release func(), err error) {
 		_ = f.Close()
 		return nil, fmt.Errorf("%s/%s was removed just now: %w", g.Name, id, chain.ErrNoPoint)
 	}
-	return func() { _ = f.Close() }, nil
+	return func() { unlock(f) }, nil
+}
+
+// unlock gives a lock back at once. Closing alone would not while a child that is being made has the descriptor too.
+func unlock(f *os.File) {
+	_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+	_ = f.Close()
 }
 
 // Claim holds a point or a base alone: nobody reads its disks, or ErrLocked is wrapped.
@@ -160,7 +212,7 @@ func (g *Guest) Claim(f Folder) (release func(), err error) {
 		_ = lock.Close()
 		return nil, fmt.Errorf("%s/%s is being read: %w", g.Name, f.ID, ErrLocked)
 	}
-	return func() { _ = lock.Close() }, nil
+	return func() { unlock(lock) }, nil
 }
 
 // Hide makes a base of a point: for everybody but those who need its images it is gone. The caller holds the prune lock.
@@ -176,7 +228,7 @@ func (g *Guest) Hide(id chain.ID) error {
 	return nil
 }
 
-// Rewrite changes a manifest. change is given the manifest as it is in the file. The caller holds the prune lock.
+// Rewrite changes a manifest, unless it has something in it that this version does not know and would lose. change is given the manifest as it is in the file. The caller holds the prune lock.
 func (g *Guest) Rewrite(f Folder, change func(*chain.Manifest) error) error {
 	m, err := g.decode(f)
 	if err != nil {
@@ -184,6 +236,13 @@ func (g *Guest) Rewrite(f Folder, change func(*chain.Manifest) error) error {
 	}
 	if err := change(m); err != nil {
 		return err
+	}
+	old, err := readFile(filepath.Join(g.FolderDir(f), chain.ManifestFile), chain.MaxManifest)
+	if err == nil {
+		err = chain.KnowsAll(old)
+	}
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", g.Name, f.ID, err)
 	}
 	text, err := m.Encode()
 	if err != nil {
@@ -200,6 +259,9 @@ func (g *Guest) Decode(f Folder) (*chain.Manifest, error) { return g.decode(f) }
 
 // DropImage removes the image of a base's disk, which nobody needs.
 func (g *Guest) DropImage(id chain.ID, disk string) error {
+	if err := g.checkImagesDir(); err != nil {
+		return err
+	}
 	if err := g.Repo.FS.Remove(g.ImagePath(id, disk)); err != nil {
 		return fmt.Errorf("%s/%s: disk %s: %w", g.Name, id, disk, err)
 	}
@@ -222,12 +284,15 @@ func (g *Guest) DropBase(id chain.ID) error {
 
 // DropRemoved removes what a DropBase that was cut off has left.
 func (g *Guest) DropRemoved() error {
-	left, err := filepath.Glob(filepath.Join(g.Dir, partialPrefix+"*"+removedSuffix))
+	entries, err := os.ReadDir(g.Dir)
 	if err != nil {
-		return err
+		return fmt.Errorf("guest %s: %w", g.Name, err)
 	}
-	for _, path := range left {
-		if err := g.Repo.FS.RemoveAll(path); err != nil {
+	for _, e := range entries {
+		if _, ok := hiddenID(e, removedSuffix); !ok {
+			continue
+		}
+		if err := g.Repo.FS.RemoveAll(filepath.Join(g.Dir, e.Name())); err != nil {
 			return fmt.Errorf("guest %s: %w", g.Name, err)
 		}
 	}
@@ -245,7 +310,7 @@ func (g *Guest) Folders() ([]Folder, error) {
 	}
 	var folders []Folder
 	for _, e := range entries {
-		if f, ok := ParseFolder(e.Name()); ok && e.IsDir() {
+		if f, ok := ParseFolder(e.Name()); ok && e.IsDir() && !g.shadowed(f) {
 			folders = append(folders, f)
 		}
 	}
@@ -254,6 +319,41 @@ func (g *Guest) Folders() ([]Folder, error) {
 
 // SetIdentity writes into an image whose it is. The caller syncs.
 func SetIdentity(f *os.File, ref chain.ImageRef) error { return qcow2.SetIdentity(f, identity(ref)) }
+
+// shadowed reports whether a base's folder has the id of a point that is there, as in a repository that was copied over
+// another state of itself. The images are the point's.
+func (g *Guest) shadowed(f Folder) bool { return f.Base && exists(g.PointDir(f.ID)) }
+
+// touchedFile is the name of the file that remembers which blocks of a base's image a merge can change: numbers, one a line.
+func touchedFile(disk string) string { return disk + ".touched" }
+
+// WriteTouched remembers which blocks of a base's image a merge can change.
+func (g *Guest) WriteTouched(f Folder, disk string, blocks map[int64]bool) error {
+	var text strings.Builder
+	for _, b := range slices.Sorted(maps.Keys(blocks)) {
+		fmt.Fprintln(&text, b)
+	}
+	if err := g.Repo.FS.WriteFile(filepath.Join(g.FolderDir(f), touchedFile(disk)), []byte(text.String()), fileMode); err != nil {
+		return fmt.Errorf("%s/%s: disk %s: %w", g.Name, f.ID, disk, err)
+	}
+	return nil
+}
+
+// ReadTouched adds to blocks what WriteTouched has remembered.
+func (g *Guest) ReadTouched(f Folder, disk string, blocks map[int64]bool) error {
+	text, err := readFile(filepath.Join(g.FolderDir(f), touchedFile(disk)), maxSumsFile)
+	if err != nil {
+		return fmt.Errorf("%s/%s: disk %s: %w", g.Name, f.ID, disk, err)
+	}
+	for line := range strings.Lines(string(text)) {
+		b, err := strconv.ParseInt(strings.TrimSpace(line), 10, 64)
+		if err != nil {
+			return fmt.Errorf("%s/%s: %w: %s: %w", g.Name, f.ID, chain.ErrDamaged, touchedFile(disk), err)
+		}
+		blocks[b] = true
+	}
+	return nil
+}
 
 // WriteSums writes the check sums of an image of that generation and returns what the manifest says of them.
 func (g *Guest) WriteSums(f Folder, disk string, generation int, text []byte) (chain.Sums, error) {

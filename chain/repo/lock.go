@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	"golang.org/x/sys/unix"
 )
 
 // ErrLocked is wrapped where somebody else holds a lock for longer than the caller wants to wait.
@@ -54,7 +55,7 @@ func (g *Guest) lockNames() (*Lock, error) {
 
 func (g *Guest) lock(ctx context.Context, name string, wait time.Duration) (*Lock, error) {
 	path := filepath.Join(g.Dir, name)
-	l := &Lock{flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(fileMode)), path}
+	l := &Lock{flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW), flock.SetPermissions(fileMode)), path}
 	waitCtx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	ok, err := l.flock.TryLock()

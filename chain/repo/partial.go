@@ -80,15 +80,7 @@ func (g *Guest) Partials() ([]chain.ID, error) {
 	}
 	var ids []chain.ID
 	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), partialSuffix)
-		if !ok {
-			continue
-		}
-		name, ok = strings.CutPrefix(name, partialPrefix)
-		if !ok {
-			continue
-		}
-		if id, err := chain.ParseID(name); err == nil {
+		if id, ok := hiddenID(e, partialSuffix); ok {
 			ids = append(ids, id)
 		}
 	}
@@ -98,7 +90,7 @@ func (g *Guest) Partials() ([]chain.ID, error) {
 // RemovePartial removes a point in the making: its images, and then the folder that tells of them.
 func (g *Guest) RemovePartial(id chain.ID) error {
 	// Should there be a finished point of this id, as in a folder that was copied about, then the images are its.
-	if !exists(g.PointDir(id)) {
+	if !exists(g.PointDir(id)) && !exists(g.baseDir(id)) {
 		if err := g.removeImages(id); err != nil {
 			return fmt.Errorf("guest %s: remove unfinished point %s: %w", g.Name, id, err)
 		}
@@ -131,6 +123,18 @@ func (g *Guest) Strays() ([]string, error) {
 	return strays, nil
 }
 
+// checkImagesDir makes sure that the folder of images is one, and no link to another place.
+func (g *Guest) checkImagesDir() error {
+	info, err := os.Lstat(g.ImagesDir())
+	if err == nil && !info.IsDir() {
+		return fmt.Errorf("%w: %s is not a folder", chain.ErrDamaged, g.ImagesDir())
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return !errors.Is(err, fs.ErrNotExist)
@@ -138,6 +142,9 @@ func exists(path string) bool {
 
 // removeImages removes all images of a point.
 func (g *Guest) removeImages(id chain.ID) error {
+	if err := g.checkImagesDir(); err != nil {
+		return err
+	}
 	entries, err := os.ReadDir(g.ImagesDir())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -186,6 +193,12 @@ func (p *Partial) CreateImage(ctx context.Context, disk string, size int64, pare
 	}
 	args = append(args, path, strconv.FormatInt(size, 10))
 	fsys := p.guest.Repo.FS
+	if err := p.guest.checkImagesDir(); err != nil {
+		return "", fmt.Errorf("disk %s: %w", disk, err)
+	}
+	if exists(path) {
+		return "", fmt.Errorf("disk %s: its image %s is there already", disk, path)
+	}
 	if err := fsys.Step("create", path); err != nil {
 		return "", err
 	}

@@ -19,7 +19,7 @@ import (
 // is missing, of another size than when it was made, or another than its manifest says, is an error that wraps
 // chain.ErrDamaged.
 func (g *Guest) OpenDisk(pool *image.Pool, points chain.Points, point *chain.Manifest, disk string) (image.Image, error) {
-	release, err := g.hold(point.ID)
+	release, err := g.hold(point)
 	if err != nil {
 		return nil, err
 	}
@@ -35,10 +35,13 @@ func (g *Guest) OpenDisk(pool *image.Pool, points chain.Points, point *chain.Man
 	return &held{guest: g, pool: pool, point: point, disk: disk, release: release, img: img}, nil
 }
 
+// maxTries bounds how often a disk is opened anew: a merge can end at any moment, but not again and again.
+const maxTries = 3
+
 // openNow opens a disk as the repository is now, not as it was when points was read. The error is the one given if nothing
 // has changed since, or the points can't be read.
 func (g *Guest) openNow(pool *image.Pool, points chain.Points, point *chain.Manifest, disk string, err error) (image.Image, error) {
-	for range 3 { // a merge can end at any moment, but not again and again
+	for range maxTries {
 		now, _, readErr := g.Points()
 		if readErr != nil {
 			return nil, err
@@ -102,27 +105,34 @@ func (h *held) Extents(off, length int64) (list []image.Extent, err error) {
 
 // do tries f, and tries it again with the layers as they are now if one of those it has is not what it was.
 func (h *held) do(f func(image.Image) error) error {
-	h.mu.RLock()
-	img := h.img
-	err := f(img)
-	h.mu.RUnlock()
-	if !errors.Is(err, image.ErrChanged) && !errors.Is(err, fs.ErrNotExist) {
+	for tries := 0; ; tries++ {
+		h.mu.RLock()
+		img := h.img
+		err := f(img)
+		h.mu.RUnlock()
+		if tries == maxTries || !errors.Is(err, image.ErrChanged) && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ESTALE) {
+			return err
+		}
+		if err := h.reopen(img, err); err != nil {
+			return err
+		}
+	}
+}
+
+// reopen opens the disk anew, unless somebody else has done so since f failed with img.
+func (h *held) reopen(img image.Image, err error) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.img != img || h.closed {
+		return nil
+	}
+	now, err := h.guest.openNow(h.pool, nil, h.point, h.disk, err)
+	if err != nil {
 		return err
 	}
-	h.mu.Lock()
-	if h.img == img && !h.closed {
-		now, openErr := h.guest.openNow(h.pool, nil, h.point, h.disk, err)
-		if openErr != nil {
-			h.mu.Unlock()
-			return openErr
-		}
-		_ = img.Close()
-		h.img = now
-	}
-	h.mu.Unlock()
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	return f(h.img)
+	_ = img.Close()
+	h.img = now
+	return nil
 }
 
 func (h *held) Close() error {
@@ -163,7 +173,7 @@ func (g *Guest) layers(points chain.Points, point *chain.Manifest, disk string) 
 			Bytes:  l.Disk.Bytes,
 		}
 		if l.Disk.Merging != nil {
-			layers[i].Bytes = -1 // it is being written to
+			layers[i].Bytes, layers[i].Changing = -1, true
 		}
 	}
 	return layers, nil

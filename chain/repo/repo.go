@@ -188,7 +188,7 @@ func (g *Guest) Points() (chain.Points, []Problem, error) {
 	seen := make(map[chain.ID]bool)
 	for _, e := range entries {
 		f, ok := ParseFolder(e.Name())
-		if !ok || !e.IsDir() {
+		if !ok || !e.IsDir() || g.shadowed(f) {
 			continue
 		}
 		m, err := g.Read(f)

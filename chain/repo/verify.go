@@ -3,7 +3,9 @@ package repo
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 
@@ -23,12 +25,55 @@ func (g *Guest) CheckSums(ctx context.Context, point *chain.Manifest, disk strin
 	if d.Merging != nil {
 		return nil
 	}
+	err := g.checkSums(ctx, point, d)
+	for tries := 0; errors.Is(err, chain.ErrDamaged) && tries < maxTries; tries++ {
+		// It may have taken in another one since its manifest was read.
+		now, readErr := g.Read(FolderOf(point))
+		if readErr != nil || now.UUID != point.UUID || now.Disk(disk) == nil || now.Disk(disk).Generation == d.Generation {
+			break
+		}
+		point, d = now, now.Disk(disk)
+		err = g.checkSums(ctx, point, d)
+	}
+	return err
+}
+
+func (g *Guest) checkSums(ctx context.Context, point *chain.Manifest, d *chain.Disk) error {
 	sums, err := g.ReadSums(ctx, FolderOf(point), d)
 	if err != nil {
 		return err
 	}
-	if err := compareSums(ctx, g.ImagePath(point.ID, disk), sums); err != nil {
+	if err := compareSums(ctx, g.ImagePath(point.ID, d.Name), sums); err != nil {
 		return fmt.Errorf("%s/%s/%s: %w", g.Name, ImagesFolder, d.File, err)
+	}
+	return nil
+}
+
+// CompareBlocks compares some blocks of an image file with their check sums. Those behind the sums' end are left out.
+func CompareBlocks(ctx context.Context, f io.ReaderAt, sums *Sums, blocks map[int64]bool) error {
+	buf := make([]byte, min(sums.Size, SumsBlock))
+	for i := range blocks {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if i >= int64(len(sums.Blocks)) {
+			continue
+		}
+		if err := compareBlock(f, buf, sums, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func compareBlock(f io.ReaderAt, buf []byte, sums *Sums, i int64) error {
+	off := i * SumsBlock
+	b := buf[:min(sums.Size-off, SumsBlock)]
+	if err := readBlock(f, b, off); err != nil {
+		return err
+	}
+	if sha256.Sum256(b) != sums.Blocks[i] {
+		return fmt.Errorf("%w: bytes %d to %d were changed", chain.ErrDamaged, off, off+int64(len(b)))
 	}
 	return nil
 }
@@ -49,17 +94,12 @@ func compareSums(ctx context.Context, path string, sums *Sums) error {
 		return fmt.Errorf("%w: it has %d bytes, not %d", chain.ErrDamaged, info.Size(), sums.Size)
 	}
 	buf := make([]byte, min(sums.Size, SumsBlock))
-	for i, want := range sums.Blocks {
+	for i := range sums.Blocks {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		off := int64(i) * SumsBlock
-		b := buf[:min(sums.Size-off, SumsBlock)]
-		if err := readBlock(f, b, off); err != nil {
+		if err := compareBlock(f, buf, sums, int64(i)); err != nil {
 			return err
-		}
-		if sha256.Sum256(b) != want {
-			return fmt.Errorf("%w: bytes %d to %d were changed", chain.ErrDamaged, off, off+int64(len(b)))
 		}
 	}
 	return nil

@@ -16,7 +16,8 @@
 // The steps of a merge, each of which can be the last before a crash; the next Sweep goes on:
 //
 //  1. The base's manifest says that its image is being merged. Readers take it at any size from now on.
-//  2. If the child's disk is larger the base's image is grown, while nobody reads what descends from it.
+//  2. If the child's disk is larger the base's image is grown, while nobody reads what descends from it. If the base's
+//     clusters are larger, nobody may do so until step 6: what is written then is not all hidden.
 //  3. qemu-img commit, sync, the child's identity.
 //  4. The child's manifest says what its next image will be. Readers look which one is there.
 //  5. One rename puts the base's file in the place of the child's.

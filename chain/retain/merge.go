@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"qmchain/chain"
 	"qmchain/chain/qcow2"
@@ -43,36 +44,57 @@ func (m *merge) run(ctx context.Context, points chain.Points) (why string, err e
 	}
 	folder := repo.FolderOf(m.child.Point)
 	basePath := g.ImagePath(m.base.ID, m.baseDisk.Name)
-	again := m.baseDisk.Merging != nil
-	if !again {
-		ref := m.child.Point.Ref(m.child.Disk.Name)
-		err := g.Rewrite(m.base, func(base *chain.Manifest) error {
-			base.Disk(m.baseDisk.Name).Merging = &ref
-			return nil
-		})
-		if err != nil {
-			return "", err
-		}
-	}
-	f, err := os.OpenFile(basePath, os.O_RDWR, 0)
+	f, err := os.OpenFile(basePath, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
+	if links, err := linksOf(f); err != nil || links > 1 {
+		return "its image has another name (a hard link), and what has that would change with it", err
+	}
+	src, err := os.Open(g.ImagePath(m.child.Point.ID, m.child.Disk.Name))
+	if err != nil {
+		return "", err
+	}
+	defer src.Close()
+	above, err := openImage(src)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", src.Name(), err)
+	}
 	before, err := openImage(f)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", basePath, err)
 	}
-	if before.Size() < m.child.Disk.VirtualSize {
-		if why, err := m.grow(ctx, points, basePath); why != "" || err != nil {
+	if before.Size() > above.Size() {
+		return "", fmt.Errorf("its disk of %d bytes is larger than the next, of %d", before.Size(), above.Size())
+	}
+	release := func() {}
+	defer func() { release() }()
+	// What is written of a larger cluster moves the rest of it too, which the child does not hide.
+	larger, grown := above.Header().ClusterSize() < before.Header().ClusterSize(), before.Size() < above.Size()
+	if larger || grown {
+		reason := map[bool]string{false: "its disk has grown", true: "its image has larger clusters than the next"}[larger]
+		r, why, err := m.alone(points, reason)
+		if why != "" || err != nil {
 			return why, err
 		}
-		if before, err = openImage(f); err != nil {
-			return "", fmt.Errorf("%s: %w", basePath, err)
+		release = r
+	}
+	touched, why, err := m.begin(ctx, f, before, above)
+	if why != "" || err != nil {
+		return why, err
+	}
+	if grown {
+		if why, err := m.grow(ctx, basePath, above.Size()); why != "" || err != nil {
+			return why, err
 		}
 	}
+	if !larger {
+		release()
+		release = func() {}
+	}
 	m.log.Infof("merge disk %s of %s into %s", m.baseDisk.Name, m.base.ID, m.child.Point.ID)
-	touched, err := m.commit(ctx, f, before, again)
+	err = m.commit(ctx, f, above, touched)
 	if why, ok := inUse(err); ok {
 		return why, nil
 	}
@@ -96,6 +118,58 @@ func (m *merge) run(ctx context.Context, points chain.Points) (why string, err e
 	return "", settle(g, folder)
 }
 
+// linksOf is how many names a file has.
+func linksOf(f *os.File) (uint64, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	return uint64(st.Nlink), err
+}
+
+// begin makes sure that what is about to be merged is sound, and has the base's manifest say that it is being merged. It
+// returns the blocks of the base's file whose check sums will be made anew: what is damaged in them, or in the child's image,
+// must not be sealed as sound. They are remembered, as after a crash nobody could tell what was written to.
+func (m *merge) begin(ctx context.Context, f *os.File, before, above *qcow2.Image) (touched map[int64]bool, why string, err error) {
+	g := m.guest
+	if err := g.CheckSums(ctx, m.child.Point, m.child.Disk.Name); err != nil {
+		return nil, "", err
+	}
+	touched = make(map[int64]bool)
+	if m.baseDisk.Merging != nil {
+		if err := g.ReadTouched(m.base, m.baseDisk.Name, touched); err != nil {
+			return nil, "", err
+		}
+	}
+	split, err := note(touched, before, above)
+	if err != nil {
+		return nil, "", fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	if split {
+		// QEMU gives the place of such a cluster to others before the table says where its rest has gone: a kill in between
+		// would lose that.
+		return nil, "its compressed clusters are larger than the clusters of the next", nil
+	}
+	if m.baseDisk.Merging == nil {
+		sums, err := g.ReadSums(ctx, m.base, m.baseDisk)
+		if err != nil {
+			return nil, "", err
+		}
+		if err := repo.CompareBlocks(ctx, f, sums, touched); err != nil {
+			return nil, "", fmt.Errorf("%s: %w", f.Name(), err)
+		}
+	}
+	if err := g.WriteTouched(m.base, m.baseDisk.Name, touched); err != nil {
+		return nil, "", err
+	}
+	ref := m.child.Point.Ref(m.child.Disk.Name)
+	if m.baseDisk.Merging != nil && *m.baseDisk.Merging == ref {
+		return touched, "", nil
+	}
+	return touched, "", g.Rewrite(m.base, func(base *chain.Manifest) error {
+		base.Disk(m.baseDisk.Name).Merging = &ref
+		return nil
+	})
+}
+
 func openImage(f *os.File) (*qcow2.Image, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -104,9 +178,16 @@ func openImage(f *os.File) (*qcow2.Image, error) {
 	return qcow2.Open(f, info.Size(), qcow2.Options{ZeroHosts: true})
 }
 
-// grow makes the base's disk as large as its child's. That moves a table which those who have the image open know the place
-// of, so nobody may have.
-func (m *merge) grow(ctx context.Context, points chain.Points, path string) (why string, err error) {
+// alone makes sure that nobody reads what descends from the base until release is called, for what can't be done below
+// readers; why says who does.
+func (m *merge) alone(points chain.Points, reason string) (release func(), why string, err error) {
+	var held []func()
+	release = func() {
+		for _, r := range held {
+			r()
+		}
+	}
+	claimed := map[chain.ID]bool{}
 	descends := map[chain.ImageRef]bool{{Point: m.base.ID, UUID: m.child.Disk.Parent.UUID, Disk: m.baseDisk.Name}: true}
 	for _, p := range points {
 		for i := range p.Disks {
@@ -114,21 +195,32 @@ func (m *merge) grow(ctx context.Context, points chain.Points, path string) (why
 				continue
 			}
 			descends[p.Ref(p.Disks[i].Name)] = true
-			release, err := m.guest.Claim(repo.FolderOf(p))
+			if claimed[p.ID] {
+				continue
+			}
+			claimed[p.ID] = true
+			r, err := m.guest.Claim(repo.FolderOf(p))
+			if err == nil {
+				held = append(held, r)
+				continue
+			}
+			release()
 			if errors.Is(err, repo.ErrLocked) {
-				return fmt.Sprintf("its disk has grown, and %s is being read", p.ID), nil
+				return nil, fmt.Sprintf("%s, and %s is being read", reason, p.ID), nil
 			}
-			if err != nil {
-				return "", err
-			}
-			defer release()
+			return nil, "", err
 		}
 	}
-	fsys := m.guest.Repo.FS
-	if err := fsys.Step("resize", path); err != nil {
+	return release, "", nil
+}
+
+// grow makes the base's disk as large as its child's. That moves a table which those who have the image open know the place
+// of, so nobody may have.
+func (m *merge) grow(ctx context.Context, path string, size int64) (why string, err error) {
+	if err := m.guest.Repo.FS.Step("resize", path); err != nil {
 		return "", err
 	}
-	_, err = child.Run(ctx, toolLimit, m.guest.Repo.QemuImg, "resize", "-q", "-f", "qcow2", path, strconv.FormatInt(m.child.Disk.VirtualSize, 10))
+	_, err = child.Run(ctx, toolLimit, m.guest.Repo.QemuImg, "resize", "-q", "-f", "qcow2", path, strconv.FormatInt(size, 10))
 	why, ok := inUse(err)
 	if ok {
 		return why, nil
@@ -144,69 +236,49 @@ func inUse(err error) (why string, ok bool) {
 	return "", false
 }
 
-// commit writes what the child's image holds into the base's, f, and returns which blocks of the file that can have changed;
-// nil: any of them.
-// The file is on disk then, with the child's identity.
-func (m *merge) commit(ctx context.Context, f *os.File, before *qcow2.Image, again bool) (touched map[int64]bool, err error) {
+// commit writes what the child's image holds into the base's, f, and adds to the blocks that can have changed those where
+// things are now. The file is on disk then, with the child's identity.
+func (m *merge) commit(ctx context.Context, f *os.File, above *qcow2.Image, touched map[int64]bool) error {
 	g := m.guest
-	childPath := g.ImagePath(m.child.Point.ID, m.child.Disk.Name)
-	if again {
-		// What was cut off can have left clusters that are of no use. Which blocks it has changed nobody knows.
+	if m.baseDisk.Merging != nil {
+		// What was cut off can have left clusters that are of no use.
 		if err := g.Repo.FS.Step("check", f.Name()); err != nil {
-			return nil, err
+			return err
 		}
 		if _, err := child.Run(ctx, checkLimit(f), g.Repo.QemuImg, "check", "-q", "-f", "qcow2", "-r", "leaks", f.Name()); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	src, err := os.Open(childPath)
-	if err != nil {
-		return nil, err
-	}
-	defer src.Close()
-	above, err := openImage(src)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", childPath, err)
-	}
-	touched = make(map[int64]bool)
-	if before.Header().Incompatible&qcow2.ExtendedL2 != 0 {
-		again = true // no image of ours has them, and Map does not tell all places of them
-	} else if err := note(touched, before, above); err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
-	}
 	if err := g.Repo.FS.Step("commit", f.Name()); err != nil {
-		return nil, err
+		return err
 	}
 	args := []string{"commit", "-q", "-f", "qcow2", "-d"}
 	if m.rate > 0 {
 		args = append(args, "-r", strconv.FormatInt(m.rate, 10))
 	}
-	if _, err := child.Run(ctx, m.limit(), g.Repo.QemuImg, append(args, childPath)...); err != nil {
-		return nil, err
+	if _, err := child.Run(ctx, m.limit(), g.Repo.QemuImg, append(args, g.ImagePath(m.child.Point.ID, m.child.Disk.Name))...); err != nil {
+		return err
 	}
 	if err := g.Repo.FS.Step("write", f.Name()); err != nil {
-		return nil, err
+		return err
 	}
 	if err := repo.SetIdentity(f, m.child.Point.Ref(m.child.Disk.Name)); err != nil {
-		return nil, err
+		return err
 	}
 	if err := g.Repo.FS.Step("sync", f.Name()); err != nil {
-		return nil, err
+		return err
 	}
 	if err := f.Sync(); err != nil {
-		return nil, err
+		return err
 	}
 	after, err := openImage(f)
+	if err == nil {
+		_, err = note(touched, after, above)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+		return fmt.Errorf("%s: %w", f.Name(), err)
 	}
-	if again {
-		return nil, nil
-	}
-	if err := note(touched, after, above); err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
-	}
-	return touched, nil
+	return nil
 }
 
 // limit bounds a commit: what is rated slower than the slowest disk gets more time.
@@ -227,23 +299,26 @@ func checkLimit(f *os.File) time.Duration {
 }
 
 // note notes the blocks of an image's file that writing there what above holds can change: those with tables, and those with
-// data at the places where above has something.
-func note(touched map[int64]bool, img, above *qcow2.Image) error {
+// data at the places where above has something. split says that above has parts of clusters that are compressed there.
+func note(touched map[int64]bool, img, above *qcow2.Image) (split bool, err error) {
+	if img.Header().Incompatible&qcow2.ExtendedL2 != 0 {
+		return false, errors.New("its table entries are extended ones, as no image of ours has")
+	}
 	mark := func(off, length int64) {
 		for b := off / repo.SumsBlock; b*repo.SumsBlock < off+length; b++ {
 			touched[b] = true
 		}
 	}
 	if err := img.Metadata(mark); err != nil {
-		return err
+		return false, err
 	}
 	span := max(above.Span(), img.Span())
+	cluster := img.Header().ClusterSize()
 	var mine, its []qcow2.Run
 	for off := above.Next(0); off < above.Size(); off = above.Next(off) {
 		end := min((off/span+1)*span, above.Size())
-		var err error
 		if its, err = above.Map(off, end-off, its[:0]); err != nil {
-			return err
+			return false, err
 		}
 		off = end
 		for _, r := range its {
@@ -251,11 +326,10 @@ func note(touched map[int64]bool, img, above *qcow2.Image) error {
 				continue
 			}
 			// A write of a part of a cluster of the image changes all of it.
-			cluster := img.Header().ClusterSize()
 			from := r.Off &^ (cluster - 1)
 			to := min((r.Off+r.Len+cluster-1)&^(cluster-1), img.Size())
 			if mine, err = img.Map(from, to-from, mine[:0]); err != nil {
-				return err
+				return false, err
 			}
 			for _, h := range mine {
 				switch h.Kind {
@@ -263,6 +337,7 @@ func note(touched map[int64]bool, img, above *qcow2.Image) error {
 					mark(h.Host, h.Len)
 				case qcow2.Compressed:
 					mark(h.Host, int64(h.Bytes))
+					split = split || above.Header().ClusterSize() < cluster
 				case qcow2.Zero:
 					if h.Host > 0 {
 						mark(h.Host, h.Len)
@@ -271,7 +346,7 @@ func note(touched map[int64]bool, img, above *qcow2.Image) error {
 			}
 		}
 	}
-	return nil
+	return split, nil
 }
 
 // next makes the check sums of the merged image and says what its manifest is to say.
@@ -280,11 +355,9 @@ func (m *merge) next(ctx context.Context, f *os.File, touched map[int64]bool, fo
 	if err != nil {
 		return nil, err
 	}
-	var old *repo.Sums
-	if touched != nil {
-		if old, err = m.guest.ReadSums(ctx, m.base, m.baseDisk); err != nil {
-			return nil, err
-		}
+	old, err := m.guest.ReadSums(ctx, m.base, m.baseDisk)
+	if err != nil {
+		return nil, err
 	}
 	sums, err := repo.ComputeSums(ctx, f, info.Size(), old, func(block int64) bool { return !touched[block] })
 	if err != nil {
@@ -310,7 +383,7 @@ func mergedLevel(base, child chain.Level) chain.Level {
 
 // settle makes a manifest say which generations of its images are there, after a merge or a crash in one.
 func settle(g *repo.Guest, folder repo.Folder) error {
-	now, err := g.Read(folder)
+	now, err := g.Read(folder) // which fails where it can't tell
 	if err != nil {
 		return err
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"slices"
 	"strings"
 
@@ -63,21 +65,40 @@ func (r *Remover) Sweep(ctx context.Context) ([]Left, error) {
 	if err != nil {
 		return nil, err
 	}
+	// What nobody needs goes first, the newest before what it was made on: all of a chain that is not kept goes without a merge,
+	// and nothing is left to lie on what remains.
+	byAge := slices.SortedFunc(slices.Values(bases), oldestFirst)
+	gone := map[repo.Folder]bool{}
+	for _, f := range slices.Backward(byAge) {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		why, err := r.sweepBase(ctx, f, false)
+		gone[f] = why == "" && err == nil // an error comes again below
+	}
 	var left []Left
+	var failed error
 	for _, f := range bases {
+		if gone[f] {
+			continue
+		}
 		if err := ctx.Err(); err != nil {
 			return left, err
 		}
-		why, err := r.sweepBase(ctx, f)
+		why, err := r.sweepBase(ctx, f, true)
 		if err != nil {
-			return left, err
+			// The other chains are no worse for it.
+			failed = errors.Join(failed, err)
+			why = err.Error()
 		}
 		if why != "" {
 			left = append(left, Left{f.ID, why})
 		}
 	}
-	return left, nil
+	return left, failed
 }
+
+func oldestFirst(a, b repo.Folder) int { return strings.Compare(string(a.ID), string(b.ID)) }
 
 // bases returns the bases in the order in which they are to go, and settles what a crash has left: manifests that say what
 // is to be next. Where a merge has begun it comes first, as its child must not be merged itself before. Then come the oldest:
@@ -113,14 +134,13 @@ func (r *Remover) bases() ([]repo.Folder, error) {
 			rest = append(rest, f)
 		}
 	}
-	byAge := func(a, b repo.Folder) int { return strings.Compare(string(a.ID), string(b.ID)) }
-	slices.SortFunc(begun, byAge)
-	slices.SortFunc(rest, byAge)
+	slices.SortFunc(begun, oldestFirst)
+	slices.SortFunc(rest, oldestFirst)
 	return append(begun, rest...), nil
 }
 
-// sweepBase does away with one base; why says what keeps it.
-func (r *Remover) sweepBase(ctx context.Context, f repo.Folder) (why string, err error) {
+// sweepBase does away with one base; why says what keeps it. Unless mayMerge, all that needs it does.
+func (r *Remover) sweepBase(ctx context.Context, f repo.Folder, mayMerge bool) (why string, err error) {
 	release, err := r.Guest.Claim(f)
 	if errors.Is(err, repo.ErrLocked) {
 		return "it is being read", nil
@@ -143,12 +163,16 @@ func (r *Remover) sweepBase(ctx context.Context, f repo.Folder) (why string, err
 			// What can't be read can be a child.
 			return fmt.Sprintf("a point can't be read, and may need it: %v", problems[0].Err), nil
 		}
-		switch children := childrenOf(points, base.Ref(d.Name)); len(children) {
-		case 0:
+		switch children := r.childrenOf(points, base.Ref(d.Name)); {
+		case len(children) == 0:
 			if err := r.Guest.DropImage(f.ID, d.Name); err != nil {
 				return "", err
 			}
-		case 1:
+		case !mayMerge:
+			why = fmt.Sprintf("disk %s of %s is read through it", d.Name, children[0].Point.ID)
+		case len(children) == 1 && children[0].Disk.Merging != nil:
+			why = fmt.Sprintf("disk %s of %s is to be merged itself before", children[0].Disk.Name, children[0].Point.ID)
+		case len(children) == 1:
 			m := merge{guest: r.Guest, log: r.Log, rate: r.RateLimit, base: f, baseDisk: d, child: children[0]}
 			if w, err := m.run(ctx, points); err != nil {
 				return "", fmt.Errorf("%s/%s: disk %s: merge it into %s: %w", r.Guest.Name, f.ID, d.Name, children[0].Point.ID, err)
@@ -166,16 +190,29 @@ func (r *Remover) sweepBase(ctx context.Context, f repo.Folder) (why string, err
 }
 
 // childrenOf are the images that lie on one.
-func childrenOf(points chain.Points, ref chain.ImageRef) []chain.Layer {
+func (r *Remover) childrenOf(points chain.Points, ref chain.ImageRef) []chain.Layer {
 	var children []chain.Layer
 	for _, m := range points {
 		for i := range m.Disks {
-			if d := &m.Disks[i]; d.Parent != nil && *d.Parent == ref {
+			if d := &m.Disks[i]; d.Parent != nil && *d.Parent == ref && !r.spent(points, m, d) {
 				children = append(children, chain.Layer{Point: m, Disk: d})
 			}
 		}
 	}
 	return children
+}
+
+// spent reports whether a disk of a base is done with, and the base is left for the sake of another disk: its image was
+// removed or has become that of its child. One that has begun to be merged nobody reads any more.
+func (r *Remover) spent(points chain.Points, base *chain.Manifest, d *chain.Disk) bool {
+	if !base.Base || len(r.childrenOf(points, base.Ref(d.Name))) > 0 {
+		return false
+	}
+	if d.Merging != nil {
+		return true
+	}
+	_, err := os.Lstat(r.Guest.ImagePath(base.ID, d.Name))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // Unfinished says what a crash has left half-done: merges that have begun. Sweep ends them.

@@ -428,3 +428,71 @@ func TestDamageIsNotSealed(t *testing.T) {
 		t.Errorf("the flipped bit is not found any more: %v", err)
 	}
 }
+
+// Who finds a point in a list and opens it when it was removed meanwhile is told so: nobody would know that it is being read,
+// and its image takes in others.
+func TestOpenedAfterRemoval(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	g.fill(3)
+	all := g.points()
+	lock, err := g.LockPrune(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Unlock()
+	if err := g.remover().Remove(all, false, all[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	if img, err := g.OpenDisk(image.NewPool(image.PoolOptions{}), all, all[0], "scsi0"); !errors.Is(err, chain.ErrNoPoint) {
+		t.Errorf("opened: %v, %v", img, err)
+	}
+	left, err := g.remover().Sweep(t.Context())
+	g.done(left, err, 2)
+}
+
+// A base that one disk keeps has given another one's image away already: nothing lies on what that was made on any more.
+func TestHalfMergedBase(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	disk := func(name string, fill byte) repotest.Disk {
+		return repotest.Disk{Name: name, Size: size, Write: []repotest.Write{{Off: int64(fill) << 16, Len: 1 << 16, Fill: fill}}}
+	}
+	g.Add(disk("scsi0", 1), disk("scsi1", 2))
+	g.Add(disk("scsi0", 3), disk("scsi1", 4))
+	diff := disk("scsi0", 5)
+	diff.Diff = true
+	g.Add(diff)
+	g.Add(disk("scsi0", 6), disk("scsi1", 7))
+	full0, full1 := disk("scsi0", 8), disk("scsi1", 9)
+	full0.Full, full1.Full = true, true
+	g.Add(full0, full1)
+	all := g.points()
+	left, err := g.remove(t.Context(), all[1].ID)
+	if err != nil || len(left) != 1 {
+		t.Fatalf("two lie on scsi0: %v, %v", left, err)
+	}
+	g.check("half merged")
+	left, err = g.remove(t.Context(), all[0].ID, all[3].ID)
+	g.done(left, err, 2)
+	g.check("merged")
+}
+
+// A chain of which nothing is kept goes as it is: nothing of it is merged before.
+func TestWholeChainGoes(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	for range 4 {
+		g.Add(repotest.Disk{Name: "scsi0", Size: size}, repotest.Disk{Name: "scsi1", Size: size})
+	}
+	g.Add(repotest.Disk{Name: "scsi0", Full: true, Size: size}, repotest.Disk{Name: "scsi1", Full: true, Size: size})
+	g.before = func(op, path string) error {
+		if op == "commit" {
+			t.Errorf("%s is merged", path)
+		}
+		return nil
+	}
+	all := g.points()
+	left, err := g.remove(t.Context(), all[0].ID, all[1].ID, all[2].ID, all[3].ID)
+	g.done(left, err, 1)
+}

@@ -13,6 +13,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/chain/retain"
+	"qmchain/cmd/internal/cli"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -26,7 +27,7 @@ type removing struct {
 
 // sweep removes ids, which can be none, and does away with what is left of removed points, as far as that is possible now.
 func (c *removing) sweep(ctx context.Context, u *ui.UI, g *repo.Guest, force bool, choose func(chain.Points) ([]chain.ID, error)) error {
-	rate, err := size("--rate-limit", c.RateLimit)
+	rate, err := cli.Size("--rate-limit", c.RateLimit)
 	if err != nil {
 		return err
 	}
@@ -189,25 +190,9 @@ type removeCmd struct {
 
 // Run removes all points or, where one can't be removed, none of that guest's.
 func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
-	r, err := repo.Open(c.Repo, fsys)
-	if err != nil {
-		return err
-	}
-	byGuest, order, err := pointsOf(c.Point)
-	if err != nil {
-		return err
-	}
-	for _, name := range order {
-		g, err := r.Guest(name)
-		if err != nil {
-			return err
-		}
-		err = c.sweep(ctx, u, g, c.Force, func(points chain.Points) ([]chain.ID, error) { return resolve(points, name, byGuest[name]) })
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error {
+		return c.sweep(ctx, u, g, c.Force, func(points chain.Points) ([]chain.ID, error) { return resolve(points, g.Name, names) })
+	})
 }
 
 type protectCmd struct {
@@ -228,24 +213,7 @@ func (c *unprotectCmd) Run(ctx context.Context, _ *ui.UI, fsys durable.FS) error
 }
 
 func (c *protectCmd) set(ctx context.Context, fsys durable.FS, protected bool) error {
-	r, err := repo.Open(c.Repo, fsys)
-	if err != nil {
-		return err
-	}
-	byGuest, order, err := pointsOf(c.Point)
-	if err != nil {
-		return err
-	}
-	for _, name := range order {
-		g, err := r.Guest(name)
-		if err != nil {
-			return err
-		}
-		if err := protect(ctx, g, byGuest[name], protected); err != nil {
-			return err
-		}
-	}
-	return nil
+	return eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error { return protect(ctx, g, names, protected) })
 }
 
 func protect(ctx context.Context, g *repo.Guest, names []string, protected bool) error {
@@ -277,20 +245,34 @@ func protect(ctx context.Context, g *repo.Guest, names []string, protected bool)
 	return nil
 }
 
-// pointsOf sorts the points that the user named by guest, in the order of the guests.
-func pointsOf(names []string) (byGuest map[string][]string, order []string, err error) {
-	byGuest = make(map[string][]string)
-	for _, s := range names {
+// eachGuest calls do for each guest of which the user has named points, with what the user called them.
+func eachGuest(dir string, fsys durable.FS, points []string, do func(g *repo.Guest, names []string) error) error {
+	names := make(map[string][]string)
+	var order []string
+	for _, s := range points {
 		ref, err := chain.ParseRef(s)
 		if err != nil {
-			return nil, nil, ui.Exit(ui.ExitUsage, err)
+			return ui.Exit(ui.ExitUsage, err)
 		}
-		if byGuest[ref.Guest] == nil {
+		if names[ref.Guest] == nil {
 			order = append(order, ref.Guest)
 		}
-		byGuest[ref.Guest] = append(byGuest[ref.Guest], ref.Point)
+		names[ref.Guest] = append(names[ref.Guest], ref.Point)
 	}
-	return byGuest, order, nil
+	r, err := repo.Open(dir, fsys)
+	if err != nil {
+		return err
+	}
+	for _, name := range order {
+		g, err := r.Guest(name)
+		if err != nil {
+			return err
+		}
+		if err := do(g, names[name]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // resolve finds the points that the user named.

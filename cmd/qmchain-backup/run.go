@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"os"
 	"path/filepath"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/chain/repo"
+	"qmchain/cmd/internal/cli"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -81,7 +81,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		return err
 	}
 	req.Note = c.Note
-	if req.Threshold, err = size("--threshold", c.Threshold); err != nil {
+	if req.Threshold, err = cli.Size("--threshold", c.Threshold); err != nil {
 		return err
 	}
 	copying, err := c.copying()
@@ -179,18 +179,6 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	return err
 }
 
-// size reads a flag's number of bytes: "64MiB", "5G" or plain bytes; "" is 0.
-func size(flag, text string) (int64, error) {
-	if text == "" {
-		return 0, nil
-	}
-	n, err := humanize.ParseBytes(text)
-	if err != nil || n > math.MaxInt64 {
-		return 0, ui.Exit(ui.ExitUsage, fmt.Errorf("%s: %q is not a size", flag, text))
-	}
-	return int64(n), nil
-}
-
 func (c *runCmd) copying() (copying backup.Copying, err error) {
 	copying = backup.Copying{Jobs: c.Jobs, Direct: c.Direct}
 	if c.Compress != "none" {
@@ -199,10 +187,10 @@ func (c *runCmd) copying() (copying backup.Copying, err error) {
 	if c.Aio != "default" {
 		copying.AIO = c.Aio
 	}
-	if copying.Speed, err = size("--speed-limit", c.SpeedLimit); err != nil {
+	if copying.Speed, err = cli.Size("--speed-limit", c.SpeedLimit); err != nil {
 		return copying, err
 	}
-	if copying.ClusterSize, err = size("--cluster-size", c.ClusterSize); err != nil {
+	if copying.ClusterSize, err = cli.Size("--cluster-size", c.ClusterSize); err != nil {
 		return copying, err
 	}
 	if n := copying.ClusterSize; n != 0 && (n < 4<<10 || n > 2<<20 || n&(n-1) != 0) {
@@ -219,7 +207,7 @@ func (c *runCmd) copying() (copying backup.Copying, err error) {
 
 func (c *runCmd) fleecing() (fleecing backup.Fleecing, err error) {
 	fleecing = backup.Fleecing{Off: c.NoFleece, Timeout: c.CbwTimeout}
-	if fleecing.Limit, err = size("--fleece-limit", c.FleeceLimit); err != nil {
+	if fleecing.Limit, err = cli.Size("--fleece-limit", c.FleeceLimit); err != nil {
 		return fleecing, err
 	}
 	if fleecing.Limit != 0 && (fleecing.Limit < 1<<20 || fleecing.Limit%512 != 0) {

@@ -1,4 +1,4 @@
-// Qmchain-fuse shows a repository as a read-only file system: every disk of every point as one raw image.
+// Qmchain-fuse shows backups as a read-only file system: every disk of every point as one raw image.
 package main
 
 import (
@@ -13,7 +13,7 @@ import (
 
 type grammar struct {
 	cli.Common
-	Mount  mountCmd  `cmd:"" help:"Mount a repository. Returns when the mount answers."`
+	Mount  mountCmd  `cmd:"" help:"Mount a repository, or a directory of qmpbackup or virtnbdbackup. Returns when the mount answers."`
 	Umount umountCmd `cmd:"" help:"Unmount a repository, and wait until its server has ended."`
 }
 
@@ -21,8 +21,8 @@ func program() cli.Program {
 	var g grammar
 	return cli.Program{
 		Name: "qmchain-fuse",
-		Description: "Shows every point of every guest in a repository: MNT/GUEST/POINT/DISK.raw, and MNT/GUEST/latest. " +
-			"The images are read-only; new points appear by themselves.",
+		Description: "Shows every point of every guest in a repository, or in a directory that qmpbackup or virtnbdbackup has written to: " +
+			"MNT/GUEST/POINT/DISK.raw, and MNT/GUEST/latest. The images are read-only; new points appear by themselves.",
 		Grammar: &g,
 		Common:  &g.Common,
 		Bind:    []any{&g.Common},

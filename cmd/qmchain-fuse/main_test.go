@@ -16,6 +16,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
+	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/repo/repotest"
 )
 
@@ -26,6 +27,7 @@ func TestMain(m *testing.M) {
 // The scripts run the real program; see each for what it guards. Beside testscript's own commands they have:
 //
 //	mkrepo DIR              make a repository with guest 110 of three points; $POINT is the newest, WANT its scsi0
+//	mkforeign SET DIR       make the directory of a set of foreigntest's, as "virtnbdbackup/v1-chain"
 //	exits CODE PROGRAM...   run a program, which must end with that code
 //	mounted DIR, unmounted DIR
 //	                        wait until a repository is mounted, or is not
@@ -44,6 +46,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"mkrepo":     mkrepo,
+			"mkforeign":  func(ts *testscript.TestScript, _ bool, args []string) { mkForeign(t, ts, args[0], args[1]) },
 			"exits":      exits,
 			"mounted":    func(ts *testscript.TestScript, _ bool, args []string) { waitMounted(ts, args, true) },
 			"unmounted":  func(ts *testscript.TestScript, _ bool, args []string) { waitMounted(ts, args, false) },
@@ -114,6 +117,10 @@ func mkrepo(ts *testscript.TestScript, _ bool, args []string) {
 	newest := g.Points.Latest().ID
 	ts.Setenv("POINT", string(newest))
 	ts.Check(os.WriteFile(ts.MkAbs("WANT"), g.Want(newest, "scsi0"), 0o600))
+}
+
+func mkForeign(t *testing.T, ts *testscript.TestScript, set, dir string) {
+	ts.Check(os.Rename(filepath.Join(foreigntest.Unpack(t, set+"/"), set), ts.MkAbs(dir)))
 }
 
 type tb struct{ ts *testscript.TestScript }

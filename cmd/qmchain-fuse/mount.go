@@ -16,18 +16,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"qmchain/chain/repo"
+	"qmchain/chain/source"
 	"qmchain/cmd/internal/cli"
 	"qmchain/fusefs"
-	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
 
 type mountCmd struct {
 	Foreground bool     `short:"f" help:"Stay in the foreground, until the mount is unmounted or a signal comes."`
-	Options    []string `short:"o" placeholder:"OPT" help:"allow_other: let other users in, as far as the repository's modes do; debug: with -v, log every request. Options of mount(8) and fstab that make no difference here are accepted."`
+	Options    []string `short:"o" placeholder:"OPT" help:"allow_other: let other users in, as far as the modes of its files do; debug: with -v, log every request. Options of mount(8) and fstab that make no difference here are accepted."`
 	ReadyFD    int      `hidden:""`
-	Repo       string   `arg:"" help:"The repository."`
+	Repo       string   `arg:"" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
 	Mnt        string   `arg:"" help:"The folder to mount it on."`
 }
 
@@ -56,18 +55,23 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 	// A log that nobody reads any more must not kill a server: the mount would be left dead.
 	signal.Ignore(syscall.SIGPIPE)
 
-	r, mnt, err := c.open()
+	set, mnt, err := c.open()
 	if err != nil {
 		return err
 	}
-	m, err := fusefs.Mount(ctx, fusefs.Options{Repo: r, Dir: mnt, AllowOther: opts.allowOther, Debug: opts.debug, Log: u.Log})
+	defer set.Close()
+	m, err := fusefs.Mount(ctx, fusefs.Options{Set: set, Dir: mnt, AllowOther: opts.allowOther, Debug: opts.debug, Log: u.Log})
 	if errors.Is(err, fusefs.ErrStale) {
 		return ui.Hint(err, "`qmchain-fuse umount "+mnt+"` clears it away")
 	}
 	if err != nil {
 		return err
 	}
-	u.Log.Infof("repository %s is mounted at %s", r.Dir, mnt)
+	what := "repository"
+	if set.Kind() != source.Qmchain {
+		what = fmt.Sprintf("backups of %s in", set.Kind())
+	}
+	u.Log.Infof("%s %s is mounted at %s", what, set.Dir(), mnt)
 	// Else the server would hold the file system that it was started in.
 	if err := os.Chdir("/"); err != nil {
 		u.Log.WithError(err).Debug("working directory")
@@ -93,8 +97,8 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 	return err
 }
 
-// open opens the repository, and returns the absolute path of the mount point.
-func (c *mountCmd) open() (*repo.Repo, string, error) {
+// open opens what is to be mounted, and returns the absolute path of the mount point.
+func (c *mountCmd) open() (source.Set, string, error) {
 	dir, err := filepath.Abs(c.Repo)
 	if err != nil {
 		return nil, "", err
@@ -103,11 +107,11 @@ func (c *mountCmd) open() (*repo.Repo, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	r, err := repo.Open(dir, durable.FS{})
+	set, err := source.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, "", ui.Exit(ui.ExitNotFound, err)
 	}
-	return r, mnt, err
+	return set, mnt, err
 }
 
 // ready tells the waiting process that the mount answers, and lets go of the terminal.

@@ -1,11 +1,11 @@
-// Package tree says what a mounted repository looks like: which names there are, and every file's attributes. It is
-// pure; what it needs to know of the repository is handed to it.
+// Package tree says what a mounted set looks like: which names there are, and every file's attributes. It is pure; what
+// it needs to know of the set is handed to it.
 //
 //	110/                               a guest
 //	110/latest -> 20261120T111523Z-81aa
 //	110/20261120T111523Z-81aa/         a point
 //	110/.../scsi0.raw                  a disk
-//	110/.../point.json                 the point's manifest, as it is in the repository
+//	110/.../point.json                 the point's manifest, as it is in the repository; foreign points have none
 //	110/.../guest/                     the guest's configuration files, if the point has any, as they are
 //
 // A disk's name ends in .raw, so whatever else a point's folder will show of a disk has room beside it.
@@ -35,7 +35,7 @@ type Kind int
 const (
 	Dir Kind = iota + 1
 	Link
-	File // passed through from the repository
+	File // passed through from the set
 	Disk
 )
 
@@ -45,7 +45,7 @@ type Perm struct {
 	UID, GID uint32
 }
 
-// Stat is what is known of a file or folder of the repository.
+// Stat is what is known of a file or folder of the set.
 type Stat struct {
 	Perm
 	Size, Blocks int64 // bytes; blocks of 512 bytes
@@ -94,7 +94,7 @@ func ino(parts ...string) uint64 {
 	return max(binary.BigEndian.Uint64(h.Sum(nil))>>1, 2)
 }
 
-// dirPerm and filePerm are the repository's own bits without the right to write, or to run a disk.
+// dirPerm and filePerm are the set's own bits without the right to write, or to run a disk.
 func dirPerm(p Perm) Perm {
 	p.Mode &= 0o555
 	return p
@@ -106,8 +106,8 @@ func filePerm(p Perm) Perm {
 }
 
 // Root is the mount's own folder.
-func Root(repo Stat) Node {
-	return Node{Kind: Dir, Ino: RootIno, Perm: dirPerm(repo.Perm), Time: repo.Time}
+func Root(set Stat) Node {
+	return Node{Kind: Dir, Ino: RootIno, Perm: dirPerm(set.Perm), Time: set.Time}
 }
 
 // Guest is a guest's folder.
@@ -159,11 +159,11 @@ func Latest(guest string, folder Stat, points []Point) (Node, bool) {
 	}, true
 }
 
-// Contents is what is known of a point's folder in the repository.
+// Contents is what is known of what there is of a point.
 type Contents struct {
 	Point    Point
 	Lineage  chain.Points                   // all points that its disks may descend from
-	Manifest Stat                           // of the manifest's file
+	Manifest *Stat                          // of the manifest's file; nil: it has none
 	Files    *Stat                          // of the folder with the guest's files; nil: there is none
 	Image    func(chain.Layer) (Stat, bool) // of an image file; false: it can't be looked at
 }
@@ -175,7 +175,9 @@ func PointContents(guest string, c Contents) []Node {
 	for i := range m.Disks {
 		nodes = append(nodes, disk(c, &m.Disks[i]))
 	}
-	nodes = append(nodes, passed(m.UUID, chain.ManifestFile, chain.ManifestFile, c.Manifest))
+	if c.Manifest != nil {
+		nodes = append(nodes, passed(m.UUID, chain.ManifestFile, *c.Manifest))
+	}
 	if c.Files != nil {
 		nodes = append(nodes, Node{
 			Name: FilesFolder, Kind: Dir, Ino: ino("folder", m.UUID, FilesFolder), Perm: dirPerm(c.Files.Perm), Time: c.Files.Time,
@@ -186,14 +188,12 @@ func PointContents(guest string, c Contents) []Node {
 	return nodes
 }
 
-// GuestFile is one of the guest's configuration files in a point.
-func GuestFile(uuid, name string, s Stat) Node {
-	return passed(uuid, name, FilesFolder+"/"+name, s)
-}
+// GuestFile is one of the guest's configuration files in a point. path is where it is in the point's folder.
+func GuestFile(uuid, path string, s Stat) Node { return passed(uuid, path, s) }
 
-func passed(uuid, name, path string, s Stat) Node {
+func passed(uuid, path string, s Stat) Node {
 	return Node{
-		Name: name, Kind: File, Ino: ino("file", uuid, path), Perm: filePerm(s.Perm),
+		Name: path[strings.LastIndexByte(path, '/')+1:], Kind: File, Ino: ino("file", uuid, path), Perm: filePerm(s.Perm),
 		Size: s.Size, Blocks: s.Blocks, Time: s.Time, Path: path,
 	}
 }

@@ -115,7 +115,7 @@ l 777 7:8 latest -> 20261120T111523Z-81aa (21)
 }
 
 func TestPointFolder(t *testing.T) {
-	manifest := tree.Stat{Perm: perm(0o600), Size: 1234, Blocks: 8}
+	manifest := &tree.Stat{Perm: perm(0o600), Size: 1234, Blocks: 8}
 	images := func(full, inc tree.Perm) func(chain.Layer) (tree.Stat, bool) {
 		return func(l chain.Layer) (tree.Stat, bool) {
 			if l.Point.ID == id0 {
@@ -219,9 +219,9 @@ func TestInodes(t *testing.T) {
 		for _, p := range points(ps) {
 			add("110/", tree.PointFolder("110", p))
 			add("110/"+string(p.Manifest.ID)+"/", tree.PointContents("110", tree.Contents{
-				Point: p, Lineage: ps, Files: &tree.Stat{}, Image: func(chain.Layer) (tree.Stat, bool) { return tree.Stat{}, false },
+				Point: p, Lineage: ps, Manifest: &tree.Stat{}, Files: &tree.Stat{}, Image: func(chain.Layer) (tree.Stat, bool) { return tree.Stat{}, false },
 			})...)
-			add("110/"+string(p.Manifest.ID)+"/guest/", tree.GuestFile(p.Manifest.UUID, "point.json", tree.Stat{}))
+			add("110/"+string(p.Manifest.ID)+"/guest/", tree.GuestFile(p.Manifest.UUID, "guest/point.json", tree.Stat{}))
 		}
 		return seen
 	}

@@ -30,6 +30,9 @@ var project = rules{
 		"proxmox": {"proxmox", "internal"},
 		"chain":   {"chain", "internal"},
 		"qmp":     {"qmp", "internal"},
+		// What is done with a disk's bytes does not ask where they come from.
+		"chain/nbd":    {"chain/image"},
+		"chain/export": {"chain/image", "chain/nbd", "internal"},
 		// A helper that many share knows none of them.
 		"internal": {},
 		// Those that join several.
@@ -52,6 +55,11 @@ var project = rules{
 		{"chain/repo", "chain/foreign"},
 		{"chain/image", "chain/foreign"},
 		{"chain/virtnbd", "chain/image"},
+		{"chain/repo", "chain/nbd"},
+		{"chain/repo", "chain/export"},
+		{"chain/source", "chain/nbd"},
+		{"chain/source", "chain/export"},
+		{"chain/image", "chain/nbd"},
 		{"backup", "fusefs"},
 		{"fusefs", "backup"},
 	},

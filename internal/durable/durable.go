@@ -122,10 +122,17 @@ func (f FS) Remove(path string) error {
 // RemoveAll removes a folder and the files in it, one level deep and deeper, each a step of its own. Symbolic links
 // are removed, never followed.
 func (f FS) RemoveAll(path string) error {
-	entries, err := os.ReadDir(path)
+	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return f.Remove(path)
+	}
+	entries, err := os.ReadDir(path)
 	if err != nil {
 		return err
 	}

@@ -22,9 +22,9 @@ const guestReady = "qmchain-guest-ready"
 //go:embed guest.sh
 var guestScript []byte
 
-// guestFiles returns the kernel and the initrd that `make setup` made with
+// GuestFiles returns the kernel and the initrd that `make setup` made with
 // this version of guest.sh.
-func guestFiles() (kernel, initrd string, err error) {
+func GuestFiles() (kernel, initrd string, err error) {
 	cache, err := CacheDir()
 	if err != nil {
 		return "", "", err

@@ -154,7 +154,7 @@ func (vm *VM) start() error {
 	}
 	if cfg.Guest {
 		var err error
-		if f.kernel, f.initrd, err = guestFiles(); err != nil {
+		if f.kernel, f.initrd, err = GuestFiles(); err != nil {
 			return err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -56,8 +57,11 @@ type Disk struct {
 	Size  int64  // of the full; an increment may be larger than its parent; 0: as before
 	Full  bool   // a new full; the first image of a disk is one anyway
 	Image string // path of a raw file that a full starts as; Size is then that of the file
-	Diff  bool   // level diff instead of inc: the next point's parent stays the same
-	Write []Write
+	// Compress has the clusters of Image compressed.
+	Compress    bool
+	ClusterSize int64 // of the image, in bytes; 0: the default
+	Diff        bool  // level diff instead of inc: the next point's parent stays the same
+	Write       []Write
 }
 
 // Guest is a guest whose points are made.
@@ -181,12 +185,16 @@ func (g *Guest) store(ctx context.Context, p *repo.Partial, d Disk) (*chain.Disk
 		}
 		from.Size = info.Size()
 	}
-	path, err := p.CreateImage(ctx, d.Name, from.Size, from.parent, repo.ImageOptions{})
+	path, err := p.CreateImage(ctx, d.Name, from.Size, from.parent, repo.ImageOptions{ClusterSize: d.ClusterSize})
 	if err != nil {
 		return nil, err
 	}
 	if d.Image != "" {
-		if err := tool(ctx, "", "qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", d.Image, path); err != nil {
+		args := []string{"convert", "-n", "-f", "raw", "-O", "qcow2", d.Image, path}
+		if d.Compress {
+			args = slices.Insert(args, 1, "-c")
+		}
+		if err := tool(ctx, "", "qemu-img", args...); err != nil {
 			return nil, err
 		}
 	}

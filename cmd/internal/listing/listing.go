@@ -1,4 +1,4 @@
-// Package listing is the command that lists the points in a repository, which several programs have.
+// Package listing is the command that lists points, which several programs have.
 package listing
 
 import (
@@ -12,13 +12,13 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
-	"qmchain/internal/durable"
+	"qmchain/chain/source"
 	"qmchain/internal/ui"
 )
 
 // Command is the command list.
 type Command struct {
-	Repo  string `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
+	Repo  string `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
 	JSON  bool   `name:"json" help:"Print one JSON document."`
 	Guest string `arg:"" optional:"" help:"Only this guest."`
 }
@@ -47,48 +47,69 @@ type Disk struct {
 	File        string      `json:"file"` // relative to the repository
 }
 
-// Run prints all points, oldest first. Where one can't be read it prints the others, and then fails.
-func (c *Command) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
-	r, err := repo.Open(c.Repo, fsys)
+// Run prints all points, oldest first. Where one, or a disk of it, can't be read it prints all the same, and then fails.
+func (c *Command) Run(_ context.Context, u *ui.UI) error {
+	set, err := source.Open(c.Repo)
 	if err != nil {
 		return err
 	}
+	defer set.Close()
 	guests := []string{c.Guest}
 	if c.Guest == "" {
-		if guests, err = r.Guests(); err != nil {
+		if guests, err = set.Guests(); err != nil {
 			return err
 		}
+	} else if err := chain.CheckGuestName(c.Guest); err != nil {
+		return ui.Exit(ui.ExitUsage, err)
 	}
 	points := []Point{}
 	var damaged error
 	for _, name := range guests {
-		g, err := r.Guest(name)
-		if err != nil {
-			return ui.Exit(ui.ExitUsage, err)
-		}
-		found, problems, err := g.Points()
+		g, err := set.Guest(name)
 		if err != nil {
 			return err
 		}
-		if c.Guest != "" && len(found)+len(problems) == 0 {
+		found, err := g.Points()
+		if err != nil {
+			return err
+		}
+		if c.Guest != "" && len(found.All)+len(found.Problems) == 0 {
 			return fmt.Errorf("guest %s has no point in %s: %w", name, c.Repo, chain.ErrNoPoint)
 		}
-		for _, p := range problems {
-			u.Log.Warnf("point left out: %v", p.Err)
+		for _, p := range found.Problems {
+			if p.Disk == "" {
+				u.Log.Warnf("point left out: %v", p.Err)
+			} else {
+				u.Log.Warnf("%s/%s: disk %s can't be read: %v", name, p.Point, p.Disk, p.Err)
+			}
 			damaged = p.Err
 		}
-		for _, m := range found.Kept() {
-			points = append(points, Of(m))
+		for _, p := range found.Warnings {
+			u.Log.Warnf("%s/%s: disk %s: %v", name, p.Point, p.Disk, p.Err)
+		}
+		for _, m := range found.All.Kept() {
+			points = append(points, of(m, found))
 		}
 	}
 	err = u.Result(c.JSON, points, func(w io.Writer) error { return printAll(w, points) })
 	if err == nil && damaged != nil {
-		return fmt.Errorf("at least one point can't be read: %w", damaged)
+		return fmt.Errorf("not all points can be read: %w", damaged)
 	}
 	return err
 }
 
-// Of is how a point is listed.
+// of is how a point is listed, whoever has written it.
+func of(m *chain.Manifest, from source.Reader) Point {
+	p := Of(m)
+	for i := range m.Disks {
+		if l, ok := from.Image(chain.Layer{Point: m, Disk: &m.Disks[i]}); ok {
+			p.Disks[i].File, p.Disks[i].Format = l.Name, l.Format.String()
+		}
+	}
+	return p
+}
+
+// Of is how a point of a repository is listed.
 func Of(m *chain.Manifest) Point {
 	p := Point{
 		Guest: m.Guest.Name, ID: m.ID, Time: m.Time, Note: m.Note, Consistency: m.Consistency, Protected: m.Protected,

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"qmchain/chain"
+	"qmchain/cmd/internal/cli"
+	"qmchain/internal/drill"
+	"qmchain/internal/ui"
+)
+
+type drillCmd struct {
+	pointFlags `embed:""`
+	Until      string        `default:"agent" enum:"agent,login,text" help:"What the guest must show: agent, an answer of its guest agent; login, a login prompt on the serial console; text, what --text says."`
+	Text       string        `placeholder:"TEXT" help:"The text on the serial console to wait for; implies --until text."`
+	Timeout    time.Duration `default:"5m" placeholder:"TIME" help:"How long to wait for that."`
+	Screenshot string        `placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
+	Memory     string        `default:"1GiB" placeholder:"SIZE" help:"Of the guest."`
+	CPUs       int           `name:"cpus" default:"2" placeholder:"N" help:"Of the guest."`
+	Machine    string        `default:"pc" placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35."`
+	Accel      string        `default:"auto" enum:"auto,kvm,tcg" help:"kvm, tcg (slow, needs no hardware), or auto: kvm where it is."`
+	CPU        string        `name:"cpu" placeholder:"MODEL" help:"QEMU's CPU model. Default: the host's, or all that can be emulated."`
+	Boot       string        `placeholder:"D" help:"The disk to boot from. Default: the first."`
+	Firmware   string        `placeholder:"FILE" help:"UEFI code, for a guest with efidisk0. Default: what is installed."`
+	Kernel     string        `placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
+	Initrd     string        `placeholder:"FILE" help:"Its initrd."`
+	Append     string        `placeholder:"TEXT" help:"Its command line."`
+	QEMU       string        `name:"qemu" placeholder:"PROGRAM" help:"QEMU. Default: kvm (Proxmox VE's) or qemu-system-x86_64."`
+	JSON       bool          `name:"json" help:"Print one JSON document."`
+}
+
+// drilled is the output of drill --json.
+type drilled struct {
+	Guest   string   `json:"guest"`
+	ID      chain.ID `json:"id"`
+	Passed  bool     `json:"passed"`
+	Why     string   `json:"why"`
+	Seconds float64  `json:"seconds"` // from the start of QEMU to the sign of life, or to the end of patience
+	Console string   `json:"console"` // the end of what the guest printed
+}
+
+// Run fails with exit code 1 where the guest does not show what it must.
+func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
+	if c.Text != "" {
+		c.Until = "text"
+	}
+	memory, err := cli.Size("--memory", c.Memory)
+	switch {
+	case err != nil:
+		return err
+	case memory < 16<<20:
+		return ui.Exit(ui.ExitUsage, errors.New("--memory: a guest needs 16MiB at least"))
+	case c.CPUs < 1:
+		return ui.Exit(ui.ExitUsage, errors.New("--cpus: a guest needs one at least"))
+	case c.Until == "text" && c.Text == "":
+		return ui.Exit(ui.ExitUsage, errors.New("--until text: --text is missing"))
+	case c.Timeout <= 0:
+		return ui.Exit(ui.ExitUsage, errors.New("--timeout must be more than 0s"))
+	}
+	p, err := openPoint(c.Repo, c.Point)
+	if err != nil {
+		return err
+	}
+	names, err := p.choose(c.Disk)
+	if err != nil {
+		return err
+	}
+	if names, err = bootOrder(u, names, c.Boot); err != nil {
+		return err
+	}
+	disks, closeAll, err := p.openDisks(names)
+	if err != nil {
+		return err
+	}
+	defer closeAll()
+	cfg := drill.Config{
+		Memory: memory >> 20, CPUs: c.CPUs, Accel: c.Accel, CPU: c.CPU, Machine: c.Machine, Firmware: c.Firmware,
+		Kernel: c.Kernel, Initrd: c.Initrd, Append: c.Append,
+		Sign: drill.Sign(c.Until), Text: c.Text, Timeout: c.Timeout, Screenshot: c.Screenshot,
+		QEMU: c.QEMU, QemuImg: "qemu-img", Log: u.Log, Now: time.Now,
+	}
+	for _, d := range disks {
+		cfg.Disks = append(cfg.Disks, drill.Disk{Name: d.name, Image: d})
+	}
+	if cfg.Firmware == "" && slices.ContainsFunc(names, isEFI) {
+		if cfg.Firmware, err = drill.FindFirmware(); err != nil {
+			return err
+		}
+	}
+	if cfg.Accel == "auto" {
+		cfg.Accel = accelerator()
+	}
+	if cfg.QEMU == "" {
+		cfg.QEMU = drill.FindQEMU()
+	}
+	u.Log.Infof("starting %s in a guest of its own, without a network (%s)", p.name(), cfg.Accel)
+	result, err := drill.Run(ctx, cfg)
+	if err != nil {
+		return fmt.Errorf("%s: %w", p.name(), err)
+	}
+	out := drilled{p.Guest.Name, p.ID, result.Passed, result.Why, result.Took.Seconds(), result.Console}
+	err = u.Result(c.JSON, out, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.name(), map[bool]string{true: "passed", false: "FAILED"}[out.Passed], result.Took.Round(100*time.Millisecond), out.Why)
+		return err
+	})
+	if err != nil || result.Passed {
+		return err
+	}
+	return ui.Exit(ui.ExitFailed, fmt.Errorf("%s does not boot as it should: %s", p.name(), result.Why))
+}
+
+func isEFI(disk string) bool { return strings.HasPrefix(disk, "efidisk") }
+
+// bootOrder puts the disk to boot from first, and leaves out what a guest can't be given.
+func bootOrder(u *ui.UI, names []string, first string) ([]string, error) {
+	var order []string
+	for _, name := range names {
+		if strings.HasPrefix(name, "tpmstate") {
+			u.Log.Infof("%s is left out: the guest gets no TPM", name)
+			continue
+		}
+		order = append(order, name)
+	}
+	if first == "" {
+		// What holds firmware variables is no disk to boot from.
+		slices.SortStableFunc(order, func(a, b string) int {
+			switch {
+			case isEFI(a) == isEFI(b):
+				return 0
+			case isEFI(a):
+				return 1
+			}
+			return -1
+		})
+		return order, nil
+	}
+	i := slices.Index(order, first)
+	if i < 0 {
+		return nil, ui.Exit(ui.ExitUsage, fmt.Errorf("--boot: %q is not one of %s", first, strings.Join(order, ", ")))
+	}
+	return append([]string{first}, slices.Delete(order, i, i+1)...), nil
+}
+
+// accelerator is kvm where this process may use it.
+func accelerator() string {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return "tcg"
+	}
+	_ = f.Close()
+	return "kvm"
+}

@@ -1,0 +1,132 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"qmchain/chain"
+	"qmchain/chain/source"
+	"qmchain/chain/standard"
+	"qmchain/cmd/internal/cli"
+	"qmchain/internal/durable"
+	"qmchain/internal/ui"
+)
+
+// standardFlags are those of the commands that make standard chains.
+type standardFlags struct {
+	Repo      string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
+	Disk      []string      `placeholder:"D" help:"Only this disk. Can be given several times."`
+	Until     string        `placeholder:"POINT" help:"The point up to which. Default: the newest, copies aside."`
+	Output    string        `short:"o" xor:"where" placeholder:"DIR" help:"Write to this folder, which must be empty or is made."`
+	InPlace   bool          `xor:"where" help:"Change the backups of qmpbackup themselves."`
+	RateLimit string        `placeholder:"SIZE" help:"Read, or merge, at most so many bytes per second, such as 50MiB."`
+	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for who removes points of the guest."`
+	DryRun    bool          `help:"Print what would be done, and do nothing."`
+	JSON      bool          `name:"json" help:"Print one JSON document."`
+	Guest     string        `arg:"" help:"The guest."`
+}
+
+type (
+	rebaseCmd struct {
+		standardFlags `embed:""`
+	}
+	commitCmd struct {
+		standardFlags `embed:""`
+	}
+	snapshotsCmd struct {
+		standardFlags `embed:""`
+	}
+)
+
+func (c *rebaseCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	return c.run(ctx, u, fsys, standard.Rebase)
+}
+
+func (c *commitCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	return c.run(ctx, u, fsys, standard.Commit)
+}
+
+func (c *snapshotsCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	return c.run(ctx, u, fsys, standard.Snapshots)
+}
+
+// standardPlan is the output with --json.
+type standardPlan struct {
+	*standard.Plan
+	DryRun bool `json:"dry_run"`
+}
+
+func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, command standard.Command) error {
+	rate, err := cli.Size("--rate-limit", c.RateLimit)
+	if err != nil {
+		return err
+	}
+	if (c.Output == "") != c.InPlace {
+		return ui.Exit(ui.ExitUsage, errors.New("--output DIR or --in-place says where the result goes"))
+	}
+	if err := chain.CheckGuestName(c.Guest); err != nil {
+		return ui.Exit(ui.ExitUsage, err)
+	}
+	set, err := source.Open(c.Repo)
+	if err != nil {
+		return err
+	}
+	defer set.Close()
+	var bars ui.Progress
+	job, err := standard.Open(ctx, standard.Request{
+		Command: command, Set: set, Guest: c.Guest, Until: c.Until, Disks: c.Disk, Output: c.Output,
+		DryRun: c.DryRun, RateLimit: rate, LockWait: c.LockWait, FS: fsys, Log: u.Log,
+		Progress: func(disk string, total int64) func(done, total int64) { return bars.Bar(disk, total).Set },
+	})
+	if err != nil {
+		return err
+	}
+	defer job.Close()
+	for _, d := range job.Plan.Doubts {
+		u.Log.Warnf("%v", d)
+	}
+	if !c.DryRun {
+		bars = u.NewProgress()
+		err := job.Run(ctx)
+		bars.Done()
+		if err != nil {
+			return err
+		}
+	}
+	err = u.Result(c.JSON, standardPlan{&job.Plan, c.DryRun}, func(w io.Writer) error { return printStandard(w, &job.Plan, c.DryRun) })
+	if err == nil && !c.DryRun && len(job.Plan.Doubts) > 0 {
+		return ui.Exit(ui.ExitPartly, errors.New("this may not be what the guest had: see the warnings"))
+	}
+	return err
+}
+
+func printStandard(w io.Writer, p *standard.Plan, dryRun bool) error {
+	if !dryRun {
+		for _, r := range p.Results {
+			if _, err := fmt.Fprintln(w, r.File); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(p.Steps) == 0 {
+		_, err := fmt.Fprintln(w, "nothing is to be done")
+		return err
+	}
+	fmt.Fprintln(w, "ACTION\tDISK\tFILE\tFROM, OR WHAT IT SAYS\tBYTES")
+	for _, s := range p.Steps {
+		bytes := ""
+		if s.Bytes > 0 {
+			bytes = humanize.IBytes(uint64(s.Bytes))
+		}
+		if _, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.Action, s.Disk, s.File, s.From, bytes); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,208 @@
+package fusefs_test
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"qmchain/chain"
+	"qmchain/chain/foreign/foreigntest"
+	"qmchain/chain/image"
+	"qmchain/chain/source"
+)
+
+// points returns the points of a set with one guest, read past the mount.
+func points(t *testing.T, dir string) (guest string, points *source.Points) {
+	t.Helper()
+	set := openSet(t, dir)
+	defer set.Close()
+	names, err := set.Guests()
+	if err != nil || len(names) != 1 {
+		t.Fatalf("guests %v, %v", names, err)
+	}
+	g, err := set.Guest(names[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := g.Points()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names[0], p
+}
+
+func digestOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	_, err = io.CopyBuffer(h, struct{ io.Reader }{f}, make([]byte, 1<<20))
+	return hex.EncodeToString(h.Sum(nil)), err
+}
+
+// Every disk of every point of sets that other programs have written, through the mount. What is refused is shown, and is
+// an I/O error; what is warned of can be read.
+func TestForeign(t *testing.T) {
+	t.Parallel()
+	wanted := map[string]string{ // what the log says of them
+		"qmpbackup/a-default":        "",
+		"qmpbackup/d-monthly-auto":   "",
+		"qmpbackup/e-include-raw":    "can't be read",
+		"qmpbackup/l-snapshotrebase": "",
+		"qmpbackup/o-nots-copy":      "can't be proven",
+		"virtnbdbackup/v1-chain":     "",
+		"virtnbdbackup/v2-zeroes":    "may be back",
+		"virtnbdbackup/v3-compress":  "may be back",
+	}
+	for _, c := range foreigntest.Cases(t) {
+		says, ok := wanted[c.Path()]
+		if !ok {
+			continue
+		}
+		delete(wanted, c.Path())
+		t.Run(c.Path(), func(t *testing.T) {
+			t.Parallel()
+			// By way of a link, which is the user's own.
+			dir := filepath.Join(t.TempDir(), c.Name)
+			if err := os.Symlink(filepath.Join(foreigntest.Unpack(t, c.Path()+"/"), c.Path()), dir); err != nil {
+				t.Fatal(err)
+			}
+			m := mountSet(t, dir, image.PoolOptions{})
+			guest, points := points(t, dir)
+			for _, w := range c.Points {
+				checkForeign(t, m, guest, points, w)
+			}
+			checkFiles(t, m, guest, points)
+			for text, want := range map[string]bool{says: true, "can't be read": says == "can't be read", "level=error": says == "can't be read"} {
+				if strings.Contains(m.log.String(), text) != want {
+					t.Errorf("%q is in the log: %v", text, !want)
+				}
+			}
+			if says == "may be back" && strings.Count(m.log.String(), says) != 1 {
+				t.Errorf("the same is said of each disk:\n%s", m.log)
+			}
+		})
+	}
+	if len(wanted) > 0 {
+		t.Errorf("no such sets: %v", wanted)
+	}
+}
+
+func checkForeign(t *testing.T, m *mount, guest string, points *source.Points, w foreigntest.Point) {
+	t.Helper()
+	var point *chain.Manifest
+	for _, p := range points.All {
+		if d := p.Disk(w.Disk); d != nil && d.File == w.File {
+			point = p // the newest: of a file with snapshots that is what it says itself
+		}
+	}
+	if point == nil {
+		t.Errorf("%s is in no point", w.File)
+		return
+	}
+	path := m.path(guest, string(point.ID), rawName(w.Disk))
+	info, err := os.Stat(path)
+	if err != nil || !info.ModTime().Equal(point.Time) || !w.Refuse && info.Size() != w.Size {
+		t.Errorf("%s: %v, %v", path, info, err)
+	}
+	switch got, err := digestOf(path); {
+	case w.Refuse:
+		if !errors.Is(err, unix.EIO) {
+			t.Errorf("%s, which is refused: %v", path, err)
+		}
+	case err != nil:
+		t.Error(err)
+	case got != w.SHA256 && !w.RefuseOrWarn:
+		t.Errorf("%s: other content", path)
+	}
+}
+
+// checkFiles compares what is shown beside the disks: no manifest, and the guest's configuration as it is.
+func checkFiles(t *testing.T, m *mount, guest string, points *source.Points) {
+	t.Helper()
+	for _, p := range points.All {
+		dir := m.path(guest, string(p.ID))
+		if _, err := os.Lstat(filepath.Join(dir, chain.ManifestFile)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("manifest of a foreign point: %v", err)
+		}
+		files, err := points.Files(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := len(p.Disks)
+		if len(files) > 0 {
+			want++
+			if got := must(os.ReadDir(filepath.Join(dir, "guest")))(t); len(got) != len(files) {
+				t.Errorf("%d files of the guest, not %d", len(got), len(files))
+			}
+		}
+		if got := must(os.ReadDir(dir))(t); len(got) != want {
+			t.Errorf("%v", got)
+		}
+		for _, f := range files {
+			path := filepath.Join(dir, "guest", filepath.Base(f))
+			equal(t, path, must(os.ReadFile(path))(t), must(os.ReadFile(filepath.Join(points.Folder(p), f)))(t))
+		}
+	}
+	if latest := must(os.Readlink(m.path(guest, "latest")))(t); latest != string(points.All.Latest().ID) {
+		t.Errorf("latest is %s", latest)
+	}
+	if got := must(os.ReadDir(m.path(guest)))(t); len(got) != len(points.All)+1 {
+		t.Errorf("%v", got)
+	}
+	for _, name := range []string{"nobody", guest + "/20200101T000000Z-0000", guest + "/latest/guest/nope"} {
+		if _, err := os.Lstat(m.path(name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Runs of the other program come and go while the set is mounted, and what is open is read on.
+func TestForeignChanges(t *testing.T) {
+	t.Parallel()
+	const set = "virtnbdbackup/v1-chain"
+	dir := filepath.Join(foreigntest.Unpack(t, set+"/"), set)
+	guest, all := points(t, dir)
+	newest := all.All.Latest()
+	aside := t.TempDir()
+	move := func(from, to string) {
+		for _, d := range newest.Disks {
+			if err := os.Rename(filepath.Join(from, d.File), filepath.Join(to, d.File)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	move(dir, aside)
+	m := mountSet(t, dir, image.PoolOptions{})
+	path := m.path(guest, string(newest.ID), rawName(newest.Disks[0].Name))
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("not there yet: %v", err)
+	}
+	move(aside, dir)
+	f := must(os.Open(path))(t) // at once, by its name
+	defer f.Close()
+	img, err := all.OpenDisk(image.NewPool(image.PoolOptions{}), newest, newest.Disks[0].Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	want := must(io.ReadAll(io.NewSectionReader(img, 0, img.Size())))(t)
+	move(dir, aside)
+	eventually(t, "the point is gone", func() bool {
+		_, err := os.Stat(path)
+		return errors.Is(err, os.ErrNotExist)
+	})
+	equal(t, "what was open", must(io.ReadAll(f))(t), want)
+	eventually(t, "latest is another one", func() bool {
+		return must(os.Readlink(m.path(guest, "latest")))(t) != string(newest.ID)
+	})
+}
