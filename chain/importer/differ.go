@@ -139,7 +139,7 @@ func shared(points *source.Points, a, b *chain.Manifest, disk string) (places, e
 			return nil, err
 		}
 		l.maps = append(l.maps, m)
-		l.beyond = 1<<63 - 1
+		l.beyond = min(l.beyond, m.Size())
 	}
 	return l, nil
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,6 +30,7 @@ import (
 	"qmchain/chain/repo"
 	"qmchain/chain/repo/repotest"
 	"qmchain/chain/source"
+	"qmchain/chain/virtnbd/streamtest"
 	"qmchain/internal/durable"
 )
 
@@ -345,6 +347,14 @@ func TestShapes(t *testing.T) {
 	raw := filepath.Join(t.TempDir(), "raw")
 	pool := image.NewPool(image.PoolOptions{})
 	var levels []chain.Level
+	some := config(set, t.TempDir(), durable.FS{})
+	for _, i := range []int{0, 3, 5, 8} { // the fifth, which is left out, hid a part of the fourth
+		some.Points = append(some.Points, string(points.All[i].ID))
+	}
+	some.Verify = true
+	if _, err := importer.Import(t.Context(), some); err != nil {
+		t.Error(err)
+	}
 	for i, m := range now {
 		d := m.Disks[0]
 		levels = append(levels, d.Level)
@@ -371,6 +381,91 @@ func TestShapes(t *testing.T) {
 	// The seventh is a full of 1 MiB more than the sixth; the eighth writes the same again.
 	if now[7].Disks[0].Bytes > now[6].Disks[0].Bytes-900<<10 {
 		t.Errorf("%d and %d bytes", now[6].Disks[0].Bytes, now[7].Disks[0].Bytes)
+	}
+}
+
+// Increments and diffs of every descent, on disks of several regions that grow, chosen and imported in any order, read as what
+// was written.
+func TestRandom(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(4) {
+		rnd := rand.New(rand.NewPCG(seed, 1))
+		dir := t.TempDir()
+		size := int64(129<<20 + 512*rnd.Int64N(9))
+		put := func(name string, s streamtest.Stream) {
+			if err := os.WriteFile(filepath.Join(dir, name), s.Bytes(), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var want [][]byte
+		base := make([]byte, size) // of the newest checkpoint
+		checkpoint := 0
+		for n := range 7 {
+			disk := bytes.Clone(base)
+			if n > 0 && rnd.IntN(3) == 0 {
+				disk = append(disk, make([]byte, 40<<10)...)
+			}
+			s := streamtest.Stream{Size: int64(len(disk)), Disk: "vda", Date: fmt.Sprintf("2026-11-20T11:17:%02d.5", n), Compress: rnd.IntN(2) == 0}
+			for at := int64(0); at < s.Size; {
+				// Often the same again, or zeroes; mostly little, and far from the last.
+				data := bytes.Repeat([]byte{byte(rnd.IntN(3))}, int(min(512*(1+rnd.Int64N(300)), s.Size-at)))
+				s.Frames = append(s.Frames, streamtest.Frame{Off: at, Data: data})
+				copy(disk[at:], data)
+				at += int64(len(data)) + 512*(1+rnd.Int64N(60000))
+			}
+			switch {
+			case n == 0:
+				s.Checkpoint = "virtnbdbackup.0"
+				put("vda.full.data", s)
+			case rnd.IntN(2) == 0:
+				s.Checkpoint, s.Parent = fmt.Sprint("virtnbdbackup.", checkpoint+1), fmt.Sprint("virtnbdbackup.", checkpoint)
+				put(fmt.Sprintf("vda.diff.%d.data", 1795173420+n), s)
+			default:
+				s.Checkpoint, s.Parent = fmt.Sprint("virtnbdbackup.", checkpoint+1), fmt.Sprint("virtnbdbackup.", checkpoint)
+				checkpoint++
+				put("vda.inc."+s.Checkpoint+".data", s)
+			}
+			if s.Checkpoint == fmt.Sprint("virtnbdbackup.", checkpoint) {
+				base = disk
+			}
+			want = append(want, disk)
+		}
+		set, points := openSet(t, dir)
+		if len(points.All) != len(want) || len(points.Problems) > 0 {
+			t.Fatal(len(points.All), points.Problems)
+		}
+		byTime := map[time.Time][]byte{} // diffs have their second from their name
+		for n, disk := range want {
+			byTime[time.Date(2026, 11, 20, 11, 17, n, 0, time.UTC)] = disk
+		}
+		to := t.TempDir()
+		cfg := config(set, to, durable.FS{})
+		for _, n := range rnd.Perm(len(want))[:4] {
+			cfg.Points = []string{string(points.All[n].ID)}
+			if _, err := importer.Import(t.Context(), cfg); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cfg.Points = nil
+		if _, err := importer.Import(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+		g, now := guest(t, to)
+		pool := image.NewPool(image.PoolOptions{})
+		for _, m := range now {
+			img, err := g.OpenDisk(pool, now, m, "vda")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, img.Size())
+			if _, err := img.ReadAt(got, 0); err != nil {
+				t.Error(err)
+			}
+			_ = img.Close()
+			if disk, ok := byTime[m.Time]; !ok || !bytes.Equal(got, disk) {
+				t.Errorf("seed %d: %s of %s, %s: it reads as something else", seed, m.ID, m.Time, m.Disks[0].Reason)
+			}
+		}
 	}
 }
 

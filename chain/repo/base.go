@@ -176,7 +176,7 @@ func (g *Guest) hold(point *chain.Manifest) (release func(), err error) {
 		if !exists(g.PointDir(id)) {
 			return nil, fmt.Errorf("%s/%s was removed just now: %w", g.Name, id, chain.ErrNoPoint)
 		}
-		return func() {}, nil //nolint:nilerr // see above
+		return func() {}, nil
 	}
 	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)

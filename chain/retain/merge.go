@@ -122,7 +122,7 @@ func (m *merge) run(ctx context.Context, points chain.Points) (why string, err e
 func linksOf(f *os.File) (uint64, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(int(f.Fd()), &st)
-	return uint64(st.Nlink), err
+	return uint64(st.Nlink), err //nolint:unconvert // of another type on arm64
 }
 
 // begin makes sure that what is about to be merged is sound, and has the base's manifest say that it is being merged. It

@@ -459,7 +459,9 @@ func TestInPlaceBusy(t *testing.T) {
 	}
 	_, err = run(t.Context(), request(t, dir, standard.Commit, ""))
 	release()
-	<-holding
+	if err := <-holding; err != nil {
+		t.Error(err)
+	}
 	if !errors.Is(err, standard.ErrBusy) || errors.Is(err, standard.ErrUnfinished) {
 		t.Errorf("an image that is open: %v", err)
 	}
@@ -575,7 +577,7 @@ func TestNoSpaceInPlace(t *testing.T) {
 	if err := unix.Mount("none", small, "tmpfs", 0, "size=6M"); err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Unmount(small, unix.MNT_DETACH)
+	defer func() { _ = unix.Unmount(small, unix.MNT_DETACH) }()
 	made := newSet(t, 2)
 	dir := filepath.Join(small, "vm")
 	testenv.Output(t, "cp", "-a", made, dir)

@@ -52,7 +52,7 @@ func stateOf(info fs.FileInfo) fileState {
 	st := info.Sys().(*syscall.Stat_t)
 	return fileState{
 		stamp: stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim},
-		bytes: min(st.Blocks*512, st.Size), names: uint64(st.Nlink),
+		bytes: min(st.Blocks*512, st.Size), names: uint64(st.Nlink), //nolint:unconvert // 32 bits on arm64 //nolint:unconvert // of another type on arm64
 	}
 }
 

@@ -363,7 +363,7 @@ func TestNoSpace(t *testing.T) {
 		if err := unix.Mount("none", small, "tmpfs", 0, fmt.Sprintf("size=%d", c.size)); err != nil {
 			t.Fatal(err)
 		}
-		defer unix.Unmount(small, unix.MNT_DETACH)
+		defer func() { _ = unix.Unmount(small, unix.MNT_DETACH) }()
 		if _, err := run(t.Context(), request(t, g.Repo.Dir, c.command, small)); !errors.Is(err, standard.ErrNoSpace) {
 			t.Errorf("%s: %v", name, err)
 		}
