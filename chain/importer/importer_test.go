@@ -391,7 +391,7 @@ func TestRandom(t *testing.T) {
 	for seed := range uint64(4) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		dir := t.TempDir()
-		size := int64(129<<20 + 512*rnd.Int64N(9))
+		size := 129<<20 + 512*rnd.Int64N(9)
 		put := func(name string, s streamtest.Stream) {
 			if err := os.WriteFile(filepath.Join(dir, name), s.Bytes(), 0o600); err != nil {
 				t.Fatal(err)
