@@ -179,7 +179,7 @@ func (l *life) prune(ctx context.Context, choose func(chain.Points) []chain.ID) 
 	return r.Sweep(ctx)
 }
 
-// read compares a piece of an open disk with what it must hold.
+// compare compares a piece of an open disk with what it must hold.
 func compare(f *os.File, units []byte, off, n int64) error {
 	size := int64(len(units)) * unit
 	got := make([]byte, n)
@@ -251,7 +251,7 @@ func TestPruneWhileReading(t *testing.T) {
 			t.Parallel()
 			r := rand.New(rand.NewPCG(1, uint64(len(test.name))))
 			l := newLife(t, test.cluster)
-			for range 6 {
+			for range 5 {
 				if err := l.add(r); err != nil {
 					t.Fatal(err)
 				}
@@ -267,7 +267,7 @@ func TestPruneWhileReading(t *testing.T) {
 				})
 			}
 			adder.Go(func() {
-				for range 8 {
+				for range 5 {
 					if err := l.add(r); err != nil {
 						t.Error(err)
 					}
@@ -275,20 +275,38 @@ func TestPruneWhileReading(t *testing.T) {
 			})
 			other := rand.New(rand.NewPCG(3, 3))
 			busy := 0
-			for range 6 {
+			for range 4 {
+				var open *os.File // of one that is removed
+				var holds chain.ID
 				left, err := l.prune(t.Context(), func(points chain.Points) (ids []chain.ID) {
 					kept := points.Kept()
 					for _, p := range kept[:len(kept)-1] { // the newest is the parent of the next
-						if len(kept)-len(ids) > 4 && other.IntN(3) == 0 {
+						if len(kept)-len(ids) > 3 && other.IntN(2) == 0 {
 							ids = append(ids, p.ID)
 						}
+					}
+					if len(ids) > 0 {
+						holds = ids[other.IntN(len(ids))]
+						open = must(os.Open(m.path("110", string(holds), "scsi0.raw")))(t)
 					}
 					return ids
 				})
 				if err != nil {
 					t.Error(err)
 				}
-				busy += len(left)
+				if open != nil {
+					if !slices.ContainsFunc(left, func(l retain.Left) bool { return l.ID == holds }) {
+						t.Errorf("%s is open, and was done away with: %v", holds, left)
+					}
+					l.mu.Lock()
+					units := l.units[holds]["scsi0"]
+					l.mu.Unlock()
+					if err := compare(open, units, 0, 64*unit); err != nil {
+						t.Errorf("%s: %v", holds, err)
+					}
+					_ = open.Close()
+					busy++
+				}
 				if t.Failed() {
 					break
 				}
@@ -300,7 +318,7 @@ func TestPruneWhileReading(t *testing.T) {
 				return
 			}
 			if busy == 0 {
-				t.Error("no removed point was in use: nothing was tested")
+				t.Error("nothing was removed")
 			}
 			l.settled(m)
 		})

@@ -34,8 +34,9 @@
 // is the first, but a later run may have replaced it: see ErrOrder. A COPY stands
 // alone. Where `qmprestore rebase` has written names of backing files they must
 // agree, and are not followed. What `qmprestore snapshotrebase` has merged are
-// internal snapshots of the FULL. Raw increments are refused: zeroes that the guest
-// wrote can't be told from what it did not write.
+// internal snapshots of the FULL, called by times of an unknown zone; of UTC where the
+// header says that it was package standard. Raw increments are refused: zeroes that
+// the guest wrote can't be told from what it did not write.
 //
 // # virtnbdbackup
 //

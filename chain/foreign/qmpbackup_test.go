@@ -16,6 +16,7 @@ import (
 	"qmchain/chain/foreign"
 	"qmchain/chain/image"
 	"qmchain/chain/image/imagetest"
+	"qmchain/chain/qcow2"
 )
 
 const (
@@ -608,7 +609,19 @@ func TestMerged(t *testing.T) {
 	t.Run("with others", func(t *testing.T) {
 		check(t, write(t, set), append(merged, want{file: "a/INC-1795170026-a", refuse: "merged"}, want{file: "a/INC-1795173700-a", disk: disk(0, 1, 2, 3)}))
 	})
-	delete(set, "a/INC-1795170026-a")
+	// Names of UTC mean one time only: the increment of an hour before or after is another one.
+	f, err := os.OpenFile(full, os.O_RDWR, 0)
+	if err == nil {
+		err = errors.Join(qcow2.SetIdentity(f, []byte(foreign.UTCSnapshots)), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	set = files{"uuid": setUUID, "a.config": asQcow2, name: read(), "a/INC-1795173624-a": 2, "a/INC-1795177226-a": 3}
+	t.Run("by UTC", func(t *testing.T) {
+		check(t, write(t, set), append(merged, want{file: "a/INC-1795173624-a", refuse: "merged"}, want{file: "a/INC-1795177226-a", disk: disk(0, 1, 2, 3)}))
+	})
+	set = files{"uuid": setUUID, "a.config": asQcow2, "a/INC-1795173700-a": 3}
 	// Written to by somebody: the snapshots are as they were.
 	imagetest.QemuIO(t, "qcow2", full, fmt.Sprintf("write -P 104 %d 64k", 4*cluster), fmt.Sprintf("write -P 104 %d 64k", diskSize-cluster))
 	set[name] = read()

@@ -45,8 +45,8 @@ type Config struct {
 	Verify   bool          // compare each imported disk, every byte, with the set's
 	QemuNbd  string        // the program; empty: qemu-nbd
 	Log      logrus.FieldLogger
-	// Progress, if not nil, is told that a disk of so many bytes is begun, and returns what is to be told how far it is.
-	Progress func(name string, total int64) func(done int64)
+	// Progress, if not nil, is told which point and disk it is at, and how many bytes of all disks are done.
+	Progress func(at string, done, total int64)
 }
 
 // Imported is one point of the set.
@@ -84,6 +84,17 @@ type importing struct {
 	done   []Imported
 
 	checked map[string]error // files whose check sums were looked at
+
+	passed, total int64 // bytes of disks
+}
+
+// progress is what is told how far a disk is.
+func (im *importing) progress(at string) func(done int64) {
+	return func(done int64) {
+		if im.Progress != nil {
+			im.Progress(at, im.passed+done, im.total)
+		}
+	}
 }
 
 func (im *importing) run(ctx context.Context) error {
@@ -108,6 +119,13 @@ func (im *importing) run(ctx context.Context) error {
 	defer unlock()
 	im.pool = image.NewPool(image.PoolOptions{})
 	for _, m := range asked {
+		im.total += size(m)
+	}
+	if im.Verify {
+		im.total *= 2
+	}
+	for _, m := range asked {
+		before := im.passed
 		p := &point{importing: im, from: m, result: Imported{Guest: im.Guest, ID: m.ID}}
 		if err := p.run(ctx); err != nil {
 			return fmt.Errorf("%s/%s: %w", im.Guest, m.ID, err)
@@ -116,8 +134,19 @@ func (im *importing) run(ctx context.Context) error {
 			im.Log.Warnf("%s/%s: %s", im.Guest, m.ID, text)
 		}
 		im.done = append(im.done, p.result)
+		if im.passed = before + size(m); im.Verify {
+			im.passed += size(m)
+		}
 	}
 	return nil
+}
+
+// size is that of all disks of a point, in bytes.
+func size(m *chain.Manifest) (sum int64) {
+	for _, d := range m.Disks {
+		sum += d.VirtualSize
+	}
+	return sum
 }
 
 // look reads the set and chooses points.
@@ -230,7 +259,17 @@ type point struct {
 }
 
 func (p *point) problem(format string, args ...any) {
-	p.result.Problems = append(p.result.Problems, fmt.Sprintf(format, args...))
+	p.result.Problems = append(p.result.Problems, plain(fmt.Sprintf(format, args...)))
+}
+
+// plain makes one line of a text, with nothing in it that has a power over terminals: names in a set can be anything.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '\uFFFD'
+		}
+		return r
+	}, strings.ReplaceAll(s, "\n", "; "))
 }
 
 // run imports the point. What keeps it or a part of it from being imported, but nothing else, becomes part of the result.
@@ -308,7 +347,7 @@ func (p *point) note() string {
 	if p.from.Note != "" {
 		parts = slices.Insert(parts, 0, p.from.Note)
 	}
-	note := strings.Join(parts, "; ")
+	note := plain(strings.Join(parts, "; "))
 	return strings.ToValidUTF8(note[:min(len(note), maxNote)], "")
 }
 
@@ -354,7 +393,7 @@ func (p *point) disk(ctx context.Context, d *chain.Disk) error {
 		}
 	}
 	made := chain.Disk{
-		Name: p.names[d.Name], Level: chain.Full, Reason: fmt.Sprintf("imported from %s (%s)", d.File, d.Level),
+		Name: p.names[d.Name], Level: chain.Full, Reason: plain(fmt.Sprintf("imported from %s (%s)", d.File, d.Level)),
 		SourceFormat: d.SourceFormat, VirtualSize: d.VirtualSize, File: chain.ImageFile(p.to.ID, p.names[d.Name]),
 	}
 	old, where, err := p.below(now, d, &made)
@@ -451,13 +490,11 @@ func (p *point) image(ctx context.Context, made *chain.Disk, d *difference) erro
 		return err
 	}
 	defer t.abort()
-	d.out, d.progress = t, func(int64) {}
-	if p.Progress != nil {
-		d.progress = p.Progress(fmt.Sprintf("%s %s", p.to.ID, made.Name), made.VirtualSize)
-	}
+	d.out, d.progress = t, p.progress(fmt.Sprintf("%s %s", p.to.ID, made.Name))
 	if err := d.write(ctx); err != nil {
 		return err
 	}
+	p.passed += made.VirtualSize
 	if err := t.finish(ctx); err != nil {
 		return err
 	}
@@ -473,11 +510,13 @@ func (p *point) verify(ctx context.Context, now image.Image, made chain.Disk) er
 	}
 	defer img.Close()
 	// What differs would be written.
-	d := &difference{now: now, old: img, size: made.VirtualSize, where: anywhere{now, img}, out: refuse{}, progress: func(int64) {}}
-	if p.Progress != nil {
-		d.progress = p.Progress(fmt.Sprintf("%s %s, check", p.to.ID, made.Name), made.VirtualSize)
+	d := &difference{
+		now: now, old: img, size: made.VirtualSize, where: anywhere{now, img}, out: refuse{},
+		progress: p.progress(fmt.Sprintf("%s %s, check", p.to.ID, made.Name)),
 	}
-	return d.write(ctx)
+	err = d.write(ctx)
+	p.passed += made.VirtualSize
+	return err
 }
 
 // refuse is where nothing is to be written.

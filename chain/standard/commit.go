@@ -1,12 +1,10 @@
 package standard
 
-import (
-	"context"
-)
+import "context"
 
 // planCommit plans one image of a disk.
-func (j *Job) planCommit(d *disk) error {
-	data, err := dataOf(context.Background(), d.img)
+func (j *Job) planCommit(ctx context.Context, d *disk) error {
+	data, err := dataOf(ctx, d.img)
 	if err != nil {
 		return err
 	}

@@ -147,12 +147,12 @@ func (p *inPlace) planMerge(ctx context.Context, d *disk) error {
 		m.noted.Merge = append(m.noted.Merge, l.file.Name)
 	}
 	m.noted.Name, m.noted.Base = d.name, base.file.Name
-	next, err := p.naming(d.name, d.last().file.Name)
+	next, ok, err := p.naming(d.last())
 	if err != nil {
 		return err
 	}
-	if len(next) > 0 {
-		m.next, m.noted.Next = next[0].file.Name, next[0].file.Name
+	if ok {
+		m.next, m.noted.Next = next.file.Name, next.file.Name
 	}
 	m.link = p.leading(m.noted)
 	return p.checkRoom(ctx, m)
@@ -188,10 +188,12 @@ func hardLinked() error {
 	return fmt.Errorf("%w: it has other names (hard links), and what those name would change with it", ErrCannot)
 }
 
-// naming returns the increments of a disk whose headers name an image of the same folder.
-func (p *inPlace) naming(disk, rel string) (found []link, err error) {
-	for _, l := range p.increments(disk) {
-		if path.Dir(l.file.Name) != path.Dir(rel) || l.file.Format != image.Qcow2 {
+// naming returns the increment that was made on a link, if it says so in its header. One that names the link though another
+// comes in between contradicts itself, and must go on doing so.
+func (p *inPlace) naming(below link) (above link, ok bool, err error) {
+	ref := below.Point.Ref(below.Disk.Name)
+	for _, l := range p.increments(below.Disk.Name) {
+		if l.file.Format != image.Qcow2 || l.Disk.Parent == nil || *l.Disk.Parent != ref {
 			continue
 		}
 		h, err := p.job.header(l)
@@ -199,17 +201,17 @@ func (p *inPlace) naming(disk, rel string) (found []link, err error) {
 			continue // nobody reads it anyway
 		}
 		if err != nil {
-			return nil, err
+			return link{}, false, err
 		}
-		if path.Base(h.BackingFile) != path.Base(rel) {
+		if path.Base(h.BackingFile) != below.name() {
 			continue
 		}
 		if l.names > 1 {
-			return nil, fmt.Errorf("%s: %w", l.file.Name, hardLinked())
+			return link{}, false, fmt.Errorf("%s: %w", l.file.Name, hardLinked())
 		}
-		found = append(found, l)
+		return l, true, nil
 	}
-	return found, nil
+	return link{}, false, nil
 }
 
 // increments returns all of a disk that the set lists, readable or not.
@@ -374,9 +376,14 @@ func (p *inPlace) planMerges() error {
 				p.snapshotStep(m, fullSnapshot)
 			}
 		}
-		for i, l := range m.links {
-			if err := p.clearSteps(m, i); err != nil {
+		for _, l := range m.links {
+			// Once this one is merged, or gone, its name would contradict the order of the images.
+			above, ok, err := p.naming(l)
+			if err != nil {
 				return err
+			}
+			if ok {
+				p.backingStep(m.disk, above.file.Name, "", image.Qcow2)
 			}
 			name := l.Point.Time.UTC().Format(snapshotTime)
 			if j.req.Command != Snapshots || !slices.Contains(names, name) {

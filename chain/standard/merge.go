@@ -38,7 +38,7 @@ func (p *inPlace) mergeStep(m *merging, l link) {
 		args := []string{"commit", "-q", "-d"}
 		if rate := j.req.RateLimit; rate > 0 {
 			args = append(args, "-r", strconv.FormatInt(rate, 10))
-			limit += time.Duration(2*l.Disk.VirtualSize/rate) * time.Second
+			limit += time.Duration(min(2*(l.Disk.VirtualSize/rate), maxSeconds)) * time.Second
 		}
 		if err := j.qemuImg(ctx, limit, append(args, named(chained))...); err != nil {
 			return err
@@ -152,19 +152,6 @@ func (p *inPlace) mark(base string) error {
 		return err
 	}
 	return p.sync(f, info.ModTime())
-}
-
-// clearSteps add the steps that take the name of the next link to be merged out of headers: once it is merged, or gone, the
-// name would contradict the order of the images.
-func (p *inPlace) clearSteps(m *merging, i int) error {
-	above, err := p.naming(m.disk, m.links[i].file.Name)
-	if err != nil {
-		return err
-	}
-	for _, a := range above {
-		p.backingStep(m.disk, a.file.Name, "", image.Qcow2)
-	}
-	return nil
 }
 
 // removeStep adds the step that does away with an increment that was merged.

@@ -65,9 +65,9 @@ func (j *Job) openOutput(ctx context.Context) error {
 	for _, d := range j.disks {
 		switch j.req.Command {
 		case Rebase:
-			err = j.planRebase(d)
+			err = j.planRebase(ctx, d)
 		case Commit:
-			err = j.planCommit(d)
+			err = j.planCommit(ctx, d)
 		default:
 			err = j.planSnapshots(ctx, d)
 		}
@@ -191,6 +191,9 @@ func (o *output) add(name string) error {
 func (j *Job) runOutput(ctx context.Context) (err error) {
 	o := j.out
 	if err := o.begin(); err != nil {
+		if o.made {
+			_ = os.Remove(o.dir) // unless it is in use by now
+		}
 		return fmt.Errorf("output %s: %w", o.dir, err)
 	}
 	defer func() { err = errors.Join(err, o.end()) }()

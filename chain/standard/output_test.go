@@ -23,12 +23,12 @@ import (
 
 var start = time.Date(2026, 11, 20, 10, 15, 23, 0, time.UTC)
 
-// newRepo makes a repository with a guest of 7 points: a disk that grows, shrinks and grows again, and diffs.
+// newRepo makes a repository with a guest of 7 points: a disk that grows, shrinks and grows again, and diffs, one of them smaller.
 func newRepo(t *testing.T) *repotest.Guest {
 	t.Helper()
 	g := repotest.NewGuest(t, repotest.New(t, t.TempDir()), "110", start)
 	const mib = 1 << 20
-	for i, size := range []int64{2 * mib, 2*mib + 3*512, mib + 7*512, 2*mib + 512, 2*mib + 512, 2*mib + 512, 2*mib + 512} {
+	for i, size := range []int64{2 * mib, 2*mib + 3*512, mib + 7*512, 2*mib + 512, mib, 2*mib + 512, 2*mib + 512} {
 		g.Add(
 			repotest.Disk{Name: "scsi0", Size: size, Diff: i == 4 || i == 5, Write: repotest.RandomWrites(uint64(i), 6, size&^(64<<10-1), byte(20*i+1))},
 			repotest.Disk{Name: "virtio1", Size: mib, Full: i == 3, Write: repotest.RandomWrites(uint64(i)+50, 3, mib, byte(20*i+11))},
@@ -48,8 +48,8 @@ func TestRepositoryToOutput(t *testing.T) {
 	}
 	before := tree(t, dir)
 	for i, m := range g.Points {
-		if i%2 == 0 && i < 6 {
-			continue // that is long enough
+		if i == 0 || i%3 > 0 {
+			continue // what is in between is in the others
 		}
 		for _, c := range []standard.Command{standard.Rebase, standard.Commit, standard.Snapshots} {
 			out := filepath.Join(t.TempDir(), "out")
@@ -89,9 +89,19 @@ func TestRawFull(t *testing.T) {
 	t.Parallel()
 	const name = "qmpbackup/e-include-raw"
 	dir := filepath.Join(foreigntest.Unpack(t, name+"/"), name)
-	all := read(t, dir)
 	_, _, p := open(t, dir)
 	first := p.All[0]
+	// One that ends with a hole.
+	raw, err := os.OpenFile(filepath.Join(dir, first.Disk("disk-r.raw").File), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := first.Disk("disk-r.raw").VirtualSize
+	err = errors.Join(unix.Fallocate(int(raw.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, size/4, size), raw.Close())
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := read(t, dir)
 	for _, c := range []standard.Command{standard.Rebase, standard.Commit, standard.Snapshots} {
 		r := request(t, dir, c, filepath.Join(t.TempDir(), "out"))
 		r.Until, r.Disks = string(first.ID), []string{"disk-r.raw"}
@@ -162,6 +172,31 @@ func TestNoHardLinks(t *testing.T) {
 		if err := unix.Lstat(filepath.Join(out, e.Name()), &st); err != nil || st.Nlink != 1 {
 			t.Errorf("%s: %d names, %v", e.Name(), st.Nlink, err)
 		}
+	}
+}
+
+// Where the file system can, copies share their blocks with the originals, and need no space.
+func TestShared(t *testing.T) {
+	t.Parallel()
+	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 320<<20)); err != nil {
+		t.Fatal(err)
+	}
+	testenv.Output(t, "mkfs.xfs", "-q", "-m", "reflink=1", disk)
+	testenv.Output(t, "mount", "-o", "loop", disk, dir)
+	defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
+	set := filepath.Join(dir, "vm")
+	testenv.Output(t, "cp", "-a", newSet(t, 2), set)
+	all := read(t, set)
+	testenv.Output(t, "sync", "-f", dir)
+	r := request(t, set, standard.Rebase, filepath.Join(dir, "out"))
+	r.RateLimit = 1 // a byte in a second: that no copying keeps
+	plan := must(t, r)
+	if got := converted(t, 0, plan.Results[0].File); got != all[string(plan.Until)+" "+plan.Results[0].Disk] {
+		t.Errorf("%s", got)
+	}
+	if out := testenv.Output(t, "filefrag", "-v", plan.Steps[0].File); !strings.Contains(out, "shared") {
+		t.Errorf("not shared: %s", out)
 	}
 }
 

@@ -20,6 +20,8 @@ const (
 	toolLimit = 10 * time.Minute
 	// slowest is the rate at which data is expected to be written at least, in bytes per second.
 	slowest = 1 << 20
+	// maxSeconds is a year: more than anybody waits.
+	maxSeconds = 365 * 24 * 3600
 )
 
 // node describes an image to QEMU's programs: with its format named and without what its header says of a backing file.

@@ -12,7 +12,7 @@ import (
 )
 
 // planRebase plans the links of a disk as files of the output.
-func (j *Job) planRebase(d *disk) error {
+func (j *Job) planRebase(ctx context.Context, d *disk) error {
 	var below string // the name of the link below
 	var format image.Format
 	for i, l := range d.links {
@@ -28,7 +28,7 @@ func (j *Job) planRebase(d *disk) error {
 			}
 		case i == 0: // a stream, or a snapshot
 			var data int64
-			if data, err = j.dataIn(l); err == nil {
+			if data, err = j.dataIn(ctx, l); err == nil {
 				err = j.exportStep(d.name, name, l.Point, l.Disk.Name, data)
 			}
 		default:
@@ -48,13 +48,13 @@ func (j *Job) planRebase(d *disk) error {
 }
 
 // dataIn is how much data there is in a full.
-func (j *Job) dataIn(l link) (int64, error) {
+func (j *Job) dataIn(ctx context.Context, l link) (int64, error) {
 	img, err := j.points.OpenDisk(j.pool, l.Point, l.Disk.Name)
 	if err != nil {
 		return 0, err
 	}
 	defer img.Close()
-	return dataOf(context.Background(), img)
+	return dataOf(ctx, img)
 }
 
 // copyStep adds the step that copies a link's file.

@@ -9,9 +9,10 @@
 // # What is sent
 //
 // A point is sent with all that it is read from, parents first: points, and bases (points that were removed, but are still
-// needed). Where a have says that the receiver has a parent, that one and what it is made on is left out. A point is known
-// by its id and its uuid alone: what its disks read as never changes, though a merge can change in which images that is
-// stored, here and there independently. So a point that both have need not have the same images.
+// needed; they come with those of their disks whose images are still there). Where a have says that the receiver has a
+// parent, that one and what it is made on is left out. A point is known by its id and its uuid alone: what its disks read
+// as never changes, though a merge can change in which images that is stored, here and there independently. So a point that
+// both have need not have the same images.
 //
 // What is sent is held meanwhile, so that nobody merges it. A base that is in the middle of a merge which was cut off
 // can't be sent (ErrUnsettled).

@@ -219,7 +219,11 @@ func reason(err error, file string) string {
 	if i := strings.LastIndex(text, file+": "); i >= 0 {
 		text = text[i+len(file)+2:]
 	}
-	return strings.TrimPrefix(text, chain.ErrDamaged.Error()+": ")
+	damaged := chain.ErrDamaged.Error()
+	if i := strings.LastIndex(text, damaged+": "); i >= 0 {
+		text = text[i+len(damaged)+2:]
+	}
+	return strings.TrimSuffix(text, ": "+damaged)
 }
 
 // compareIDs compares ids of points, or the names of their folders.

@@ -46,12 +46,13 @@ func (c *importCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	}
 	defer set.Close()
 	bars := u.NewProgress()
+	bar := bars.Bar("imported", 0)
 	list, err := importer.Import(ctx, importer.Config{
 		Set: set, Guest: c.Name, Points: c.Point, LockWait: c.LockWait, Verify: c.Verify, Log: u.Log,
 		Open: func() (*repo.Repo, error) { return repo.OpenOrCreate(c.Repo, fsys) },
-		Progress: func(name string, total int64) func(int64) {
-			bar := bars.Bar(name, total)
-			return func(done int64) { bar.Set(done, total) }
+		Progress: func(at string, done, total int64) {
+			bar.Note(at)
+			bar.Set(done, total)
 		},
 	})
 	bars.Done()

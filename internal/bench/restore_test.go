@@ -42,6 +42,7 @@ var (
 //	ours-s/GiB                 seconds for a GiB of data: flat, whatever the chain's length
 //	qemu-x, cp-x               how many times as long as ours the others took, of each round
 //	qemu-nosync-x, cp-nosync-x the same without their syncs, but with ours
+//	qemu-cpu-x, cp-cpu-x       how many times as much of the processors' time, which other load changes less
 //	peak-MB                    the most memory that ours took
 //
 // What is wanted: qemu-x of 3 and more from 30 points on where the processor is what limits, never below 1; cp-x near 1;
@@ -191,15 +192,16 @@ func (r *restoring) round(n int) {
 		name string
 		f    func(out string)
 	}{{"ours", r.ours}, {"qemu", r.qemu}, {"cp", r.cp}}
-	took, synced := map[string]float64{}, map[string]float64{}
+	took, synced, cpu := map[string]float64{}, map[string]float64{}, map[string]float64{}
 	for i := range ways {
 		way := ways[(i+n)%len(ways)]
 		out := r.file(way.name)
-		began := time.Now()
+		began, used := time.Now(), childrenCPU(r.b)
 		way.f(out)
 		took[way.name] = time.Since(began).Seconds()
 		r.run("sync", out)
 		synced[way.name] = time.Since(began).Seconds()
+		cpu[way.name] = childrenCPU(r.b) - used
 		if err := os.Remove(out); err != nil {
 			r.b.Fatal(err)
 		}
@@ -211,7 +213,18 @@ func (r *restoring) round(n int) {
 		note(other+"-s", synced[other])
 		note(other+"-x", synced[other]/took["ours"])
 		note(other+"-nosync-x", took[other]/took["ours"])
+		note(other+"-cpu-x", cpu[other]/cpu["ours"])
 	}
+}
+
+// childrenCPU is what all children that have ended took of the processors, in seconds.
+func childrenCPU(b *testing.B) float64 {
+	b.Helper()
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_CHILDREN, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
 }
 
 func (r *restoring) report() {
