@@ -43,6 +43,11 @@
 //     foreign.UTCSnapshots.
 //
 // Before a commit or snapshots change anything, SET/.qmchain-unfinished.json says what is to be done. It is removed at the
-// end: while it is there, the same call goes on, and others are refused. A header of an increment to come that names one that
-// is merged is set right.
+// end: while it is there, the same call goes on, and others are refused. So it is after a signal, too: what was begun in place
+// is not undone. A header of an increment to come that names one that is merged is set right.
+//
+// Refused are: a set with an unfinished file (.partial) of qmpbackup; a disk that shrinks, files with hard links, and a full
+// of which nobody knows that the increments were made on it; for snapshots, a full without a time stamp in its name or of
+// version 2, and one with snapshots of qmprestore, as the zone of their times is not known. All of these can go to an output.
+// Nothing keeps others from reading a set that is changed: unmount it first.
 package standard

@@ -16,6 +16,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/foreign/foreigntest"
+	"qmchain/chain/repo"
 	"qmchain/chain/repo/repotest"
 	"qmchain/chain/standard"
 	"qmchain/internal/testenv"
@@ -81,6 +82,57 @@ func TestRepositoryToOutput(t *testing.T) {
 	}
 	if diff := cmp.Diff(before, tree(t, dir)); diff != "" {
 		t.Errorf("the repository has changed: %s", diff)
+	}
+}
+
+// While points are removed their images change: who reads files one by one waits. A repository that can't be written to is
+// read without a lock.
+func TestRepositoryLocks(t *testing.T) {
+	t.Parallel()
+	g := newRepo(t)
+	lock, err := g.LockPrune(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for c, want := range map[standard.Command]error{standard.Rebase: repo.ErrLocked, standard.Snapshots: repo.ErrLocked, standard.Commit: nil} {
+		r := request(t, g.Repo.Dir, c, filepath.Join(t.TempDir(), "out"))
+		if _, err := run(t.Context(), r); !errors.Is(err, want) {
+			t.Errorf("%s: %v", c, err)
+		}
+		r.DryRun = true
+		if j, err := standard.Open(t.Context(), r); err != nil && want != nil {
+			t.Errorf("%s: a plan: %v", c, err)
+		} else if err == nil {
+			j.Close()
+		}
+	}
+	lock.Unlock()
+	if err := os.Remove(filepath.Join(g.Dir, ".prune.lock")); err != nil {
+		t.Fatal(err)
+	}
+	readOnly := t.TempDir()
+	if err := unix.Mount(g.Repo.Dir, readOnly, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Unmount(readOnly, unix.MNT_DETACH) }()
+	if err := unix.Mount("", readOnly, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	plan := must(t, request(t, readOnly, standard.Rebase, filepath.Join(t.TempDir(), "out")))
+	if got, want := converted(t, 0, plan.Results[0].File), read(t, readOnly)[string(plan.Until)+" scsi0"]; got != want {
+		t.Errorf("read-only: %s, not %s", got, want)
+	}
+	// Somebody else, there, can remove points.
+	r := request(t, readOnly, standard.Rebase, filepath.Join(t.TempDir(), "out"))
+	r.FS.Before = func(op, _ string) error {
+		if op == "symlink" {
+			now := time.Now()
+			return os.Chtimes(g.ImagePath(g.Points[0].ID, "scsi0"), now, now)
+		}
+		return nil
+	}
+	if _, err := run(t.Context(), r); !errors.Is(err, standard.ErrBusy) {
+		t.Errorf("changed meanwhile: %v", err)
 	}
 }
 
