@@ -10,6 +10,6 @@ cd "$here/../.."
 # Names of fuzz targets, by package: go test takes one of each.
 grep -rl --include='*_test.go' '^func Fuzz' . | sort | while read -r file; do
 	sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' "$file" | while read -r target; do
-		"$here/go.sh" test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -timeout 10m "$(dirname "$file")" </dev/null
+		"$here/go.sh" test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 1s -timeout 10m "$(dirname "$file")" </dev/null
 	done
 done
