@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -160,7 +161,7 @@ func startFile(_ context.Context, p *Plan) (output, error) {
 
 func (f rawFile) write(ctx context.Context, progress func(int64)) error {
 	c := copying{
-		plan: f.plan, dst: newFile{f.file}, progress: progress,
+		plan: f.plan, dst: &newFile{File: f.file}, progress: progress,
 		before: func() error { return f.plan.opts.FS.Step("write", f.path) },
 	}
 	if err := c.run(ctx, 0, f.plan.Size); err != nil {
@@ -172,12 +173,23 @@ func (f rawFile) write(ctx context.Context, progress func(int64)) error {
 func (f rawFile) reader(context.Context) (image.Image, error) { return readBack(f.path, f.plan.Size) }
 
 // newFile is a file all of which is a hole to begin with.
-type newFile struct{ *os.File }
+type newFile struct {
+	*os.File
+	// mu is held by who writes: most file systems let in one at a time, and the others would spend the processor's time on
+	// waiting for their turn.
+	mu sync.Mutex
+}
 
-func (newFile) zero(int64, int64) error { return nil }
-func (newFile) leastZero() int          { return page }
+func (f *newFile) WriteAt(p []byte, off int64) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.File.WriteAt(p, off)
+}
 
-func (f newFile) flush(off, length int64) { flush(f.File, off, length) }
+func (*newFile) zero(int64, int64) error { return nil }
+func (*newFile) leastZero() int          { return page }
+
+func (f *newFile) flush(off, length int64) { flush(f.File, off, length) }
 
 // flush: not all files can; then all goes at the sync.
 func flush(f *os.File, off, length int64) {
