@@ -4,7 +4,7 @@ GO      := internal/testenv/go.sh
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 CACHE   := $(or $(QMCHAIN_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qmchain)
 PKG     := ./...
-TIMEOUT := 30m
+TIMEOUT := 60m
 FUZZ    := 10s
 
 LINT_VERSION := v2.15.0
