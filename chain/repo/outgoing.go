@@ -47,7 +47,7 @@ func (g *Guest) Hold(ctx context.Context, folder Folder, wait time.Duration) (re
 		_ = f.Close()
 		return nil, gone()
 	}
-	return func() { _ = f.Close() }, nil
+	return func() { unlock(f) }, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -422,6 +422,8 @@ func (o *output) end() error {
 		errs = append(errs, f.Close())
 	}
 	if o.lock != nil {
+		// Closing alone would not give it back while a child that is being made has the descriptor too.
+		_ = unix.Flock(int(o.lock.Fd()), unix.LOCK_UN)
 		errs = append(errs, o.lock.Close())
 	}
 	return errors.Join(errs...)
