@@ -18,6 +18,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/image"
 	"qmchain/chain/qcow2"
+	"qmchain/internal/durable"
 )
 
 const (
@@ -293,6 +294,23 @@ func (g *Guest) DropRemoved() error {
 			continue
 		}
 		if err := g.Repo.FS.RemoveAll(filepath.Join(g.Dir, e.Name())); err != nil {
+			return fmt.Errorf("guest %s: %w", g.Name, err)
+		}
+	}
+	return nil
+}
+
+// DropTemporary removes what a Rewrite that was cut off has left. The caller holds the prune lock, as does every Rewrite.
+func (g *Guest) DropTemporary(f Folder) error {
+	entries, err := os.ReadDir(g.FolderDir(f))
+	if err != nil {
+		return fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	for _, e := range entries {
+		if !durable.Temporary(e.Name()) {
+			continue
+		}
+		if err := g.Repo.FS.Remove(filepath.Join(g.FolderDir(f), e.Name())); err != nil {
 			return fmt.Errorf("guest %s: %w", g.Name, err)
 		}
 	}

@@ -115,12 +115,17 @@ func (g *Guest) Strays() ([]string, error) {
 	for _, e := range entries {
 		name, _, _ := strings.Cut(e.Name(), ".")
 		id, err := chain.ParseID(name)
-		if err == nil && (exists(g.PointDir(id)) || exists(g.partialDir(id)) || exists(g.baseDir(id))) {
-			continue
+		if err == nil && (g.known(id) || g.known(id) || !exists(filepath.Join(g.ImagesDir(), e.Name()))) {
+			continue // looked at twice, as a folder that is renamed meanwhile can be missed at both names
 		}
 		strays = append(strays, e.Name())
 	}
 	return strays, nil
+}
+
+// known reports whether there is a folder of that id: of a point, of one in the making, or of a base.
+func (g *Guest) known(id chain.ID) bool {
+	return exists(g.partialDir(id)) || exists(g.PointDir(id)) || exists(g.baseDir(id))
 }
 
 // checkImagesDir makes sure that the folder of images is one, and no link to another place.
@@ -267,8 +272,9 @@ func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, e
 // ErrMoved is wrapped where the guest's folder is not what it was when the run began: another one has written to it.
 var ErrMoved = errors.New("the guest's folder has changed meanwhile")
 
-// Commit writes the manifest and makes the folder a point. The guest's newest point must still be tip ("" for none),
-// and the lock must still hold: both are checked right before.
+// Commit writes the manifest and makes the folder a point. No point may have come that is newer than tip, the newest when
+// the run began ("" for none), none of its parents may have gone, and the lock must still hold: all that is checked right
+// before.
 //
 // An error after the rename may leave the point in place though it is not known to be on disk: the caller then looks
 // whether it is there, and must not take it for a failure that changed nothing. Committed tells.
@@ -299,7 +305,7 @@ func (p *Partial) Commit(lock *Lock, tip chain.ID, m *chain.Manifest) error {
 	if err != nil {
 		return err
 	}
-	if now != tip {
+	if now > tip { // less where the newest was removed meanwhile
 		return fmt.Errorf("guest %s: newest point is %q, was %q: %w", p.guest.Name, now, tip, ErrMoved)
 	}
 	for _, d := range m.Disks {

@@ -110,6 +110,9 @@ func (r *Remover) bases() ([]repo.Folder, error) {
 	}
 	var begun, rest []repo.Folder
 	for _, f := range folders {
+		if err := r.Guest.DropTemporary(f); err != nil {
+			return nil, err
+		}
 		m, err := r.Guest.Decode(f)
 		if err != nil {
 			r.Log.Warn(err) // it is no child of anything that is removed: sweepBase makes sure
@@ -163,7 +166,7 @@ func (r *Remover) sweepBase(ctx context.Context, f repo.Folder, mayMerge bool) (
 			// What can't be read can be a child.
 			return fmt.Sprintf("a point can't be read, and may need it: %v", problems[0].Err), nil
 		}
-		switch children := r.childrenOf(points, base.Ref(d.Name)); {
+		switch children := childrenOf(r.Guest, points, base.Ref(d.Name)); {
 		case len(children) == 0:
 			if err := r.Guest.DropImage(f.ID, d.Name); err != nil {
 				return "", err
@@ -190,11 +193,11 @@ func (r *Remover) sweepBase(ctx context.Context, f repo.Folder, mayMerge bool) (
 }
 
 // childrenOf are the images that lie on one.
-func (r *Remover) childrenOf(points chain.Points, ref chain.ImageRef) []chain.Layer {
+func childrenOf(g *repo.Guest, points chain.Points, ref chain.ImageRef) []chain.Layer {
 	var children []chain.Layer
 	for _, m := range points {
 		for i := range m.Disks {
-			if d := &m.Disks[i]; d.Parent != nil && *d.Parent == ref && !r.spent(points, m, d) {
+			if d := &m.Disks[i]; d.Parent != nil && *d.Parent == ref && !spent(g, points, m, d) {
 				children = append(children, chain.Layer{Point: m, Disk: d})
 			}
 		}
@@ -204,19 +207,24 @@ func (r *Remover) childrenOf(points chain.Points, ref chain.ImageRef) []chain.La
 
 // spent reports whether a disk of a base is done with, and the base is left for the sake of another disk: its image was
 // removed or has become that of its child. One that has begun to be merged nobody reads any more.
-func (r *Remover) spent(points chain.Points, base *chain.Manifest, d *chain.Disk) bool {
-	if !base.Base || len(r.childrenOf(points, base.Ref(d.Name))) > 0 {
+func spent(g *repo.Guest, points chain.Points, base *chain.Manifest, d *chain.Disk) bool {
+	if !base.Base || len(childrenOf(g, points, base.Ref(d.Name))) > 0 {
 		return false
 	}
 	if d.Merging != nil {
 		return true
 	}
-	_, err := os.Lstat(r.Guest.ImagePath(base.ID, d.Name))
+	_, err := os.Lstat(g.ImagePath(base.ID, d.Name))
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// Unfinished says what a crash has left half-done: merges that have begun. Sweep ends them.
+// Unfinished says what a crash has left half-done: merges that have begun. Sweep ends them. While another one sweeps, it says
+// what that one is at.
 func Unfinished(g *repo.Guest) ([]string, error) {
+	points, _, err := g.Points()
+	if err != nil {
+		return nil, err
+	}
 	folders, err := g.Folders()
 	if err != nil {
 		return nil, err
@@ -227,9 +235,9 @@ func Unfinished(g *repo.Guest) ([]string, error) {
 		if err != nil {
 			continue // for who reads points to complain of
 		}
-		for _, d := range m.Disks {
-			switch {
-			case d.Merging != nil:
+		for i := range m.Disks {
+			switch d := &m.Disks[i]; {
+			case d.Merging != nil && !spent(g, points, m, d):
 				found = append(found, fmt.Sprintf("removed point %s: disk %s is not yet merged into %s", f.ID, d.Name, d.Merging.Point))
 			case d.Next != nil:
 				found = append(found, fmt.Sprintf("point %s: the merge of disk %s has not come to its end", f.ID, d.Name))

@@ -294,3 +294,41 @@ func TestRemovedPointIsNotTracked(t *testing.T) {
 		t.Errorf("%v, %q", layer, why)
 	}
 }
+
+// A base can be done with for one disk and stay for another's sake. Nothing is unfinished then.
+func TestOneDiskIsDone(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	scsi0 := repotest.Disk{Name: "scsi0", Size: size, Write: []repotest.Write{{Len: 1 << 20, Fill: 1}}}
+	scsi1 := repotest.Disk{Name: "scsi1", Size: size, Write: []repotest.Write{{Len: 1 << 20, Fill: 2}}}
+	diff := scsi1
+	diff.Diff = true
+	g.Add(scsi0, scsi1)
+	g.Add(scsi0, diff)
+	g.Add(scsi0, scsi1)
+	left, err := g.remove(t.Context(), g.points()[0].ID)
+	if err != nil || len(left) != 1 || !strings.Contains(left[0].Why, "scsi1") {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if _, err := os.Stat(g.ImagePath(g.points()[0].ID, "scsi0")); err == nil {
+		t.Error("scsi0 was not merged")
+	}
+	if found, err := retain.Unfinished(g.Guest.Guest); err != nil || len(found) > 0 {
+		t.Errorf("unfinished: %q, %v", found, err)
+	}
+	g.check("merged")
+}
+
+// What a kill has left of a manifest that was being written goes with the next sweep.
+func TestTemporaryFilesGo(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	g.fill(2)
+	for _, m := range g.points() {
+		if err := os.WriteFile(filepath.Join(g.PointDir(m.ID), ".tmp-point.json-123"), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := g.sweep()
+	g.done(left, err, 2)
+}

@@ -56,7 +56,7 @@ type observer struct {
 func newObserver(u *ui.UI, asJSON bool) *observer {
 	o := &observer{u: u, asJSON: asJSON, disks: make(map[string]ui.Bar)}
 	if !asJSON {
-		o.bars = u.NewProgress()
+		o.bars = u.NewProgress("copied")
 	}
 	return o
 }

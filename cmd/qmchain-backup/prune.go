@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"slices"
 	"time"
 
@@ -133,9 +135,8 @@ func (c *pruneCmd) prune(ctx context.Context, u *ui.UI, r *repo.Repo, name strin
 	if err != nil {
 		return nil, ui.Exit(ui.ExitUsage, err)
 	}
-	if tip, err := g.Tip(); err != nil {
-		return nil, err
-	} else if tip == "" && len(c.Guest) > 0 {
+	// Where there is no point any more, there can be what is left of removed ones.
+	if _, err := os.Lstat(g.Dir); errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint)
 	}
 	choose := func(points chain.Points) (remove []chain.ID, err error) {

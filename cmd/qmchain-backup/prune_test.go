@@ -93,6 +93,12 @@ func TestPrune(t *testing.T) {
 	if images, err := os.ReadDir(web.ImagesDir()); err != nil || len(images) != 1 {
 		t.Errorf("images: %v, %v", images, err)
 	}
+	if code, _, stderr := call(t, "remove", "--repo", dir, "--force", "web/latest"); code != 0 {
+		t.Errorf("remove the last: exit code %d: %s", code, stderr)
+	}
+	if code, stdout, stderr := call(t, "prune", "--repo", dir, "--keep-last=1", "web"); code != 0 || stdout != "" {
+		t.Errorf("prune where nothing is left: exit code %d: %s%s", code, stdout, stderr)
+	}
 }
 
 func TestPruneRefuses(t *testing.T) {

@@ -159,7 +159,7 @@ func (c *imageCmd) outputs(disks []string) ([]string, error) {
 
 // write writes all disks, and only when all of them are whole gives them their names.
 func (c *imageCmd) write(ctx context.Context, u *ui.UI, plans []*export.Plan, disks []restoredDisk) (err error) {
-	bars := u.NewProgress()
+	bars := u.NewProgress("copied")
 	defer bars.Done()
 	var writers []*export.Writer
 	defer func() {

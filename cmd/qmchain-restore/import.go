@@ -45,7 +45,7 @@ func (c *importCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		return err
 	}
 	defer set.Close()
-	bars := u.NewProgress()
+	bars := u.NewProgress("copied")
 	bar := bars.Bar("imported", 0)
 	list, err := importer.Import(ctx, importer.Config{
 		Set: set, Guest: c.Name, Points: c.Point, LockWait: c.LockWait, Verify: c.Verify, Log: u.Log,

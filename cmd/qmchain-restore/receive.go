@@ -38,7 +38,7 @@ func (c *receiveCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, p pipes
 	if isTerminal(p.in) {
 		return ui.Exit(ui.ExitUsage, errors.New("a stream does not come from a terminal: `… send … | qmchain-restore receive …`"))
 	}
-	bars := u.NewProgress()
+	bars := u.NewProgress("received")
 	bar := bars.Bar("received", 0)
 	r := stream.Receiver{
 		Open:  func() (*repo.Repo, error) { return repo.OpenOrCreate(c.Repo, fsys) },

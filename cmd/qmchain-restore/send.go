@@ -62,7 +62,7 @@ func (c *sendCmd) Run(ctx context.Context, u *ui.UI, p pipes) error {
 	defer s.Close()
 	total := s.Bytes()
 	u.Log.Infof("sending %d points, %s", s.Points(), humanize.IBytes(uint64(total)))
-	bars := u.NewProgress()
+	bars := u.NewProgress("sent")
 	bar := bars.Bar("sent", total)
 	err = s.Send(ctx, p.out, func(done int64) { bar.Set(done, total) })
 	bars.Done()

@@ -91,7 +91,7 @@ func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, comm
 		u.Log.Warnf("%v", d)
 	}
 	if !c.DryRun {
-		bars = u.NewProgress()
+		bars = u.NewProgress("copied")
 		err := job.Run(ctx)
 		bars.Done()
 		if err != nil {

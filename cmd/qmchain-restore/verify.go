@@ -126,7 +126,7 @@ func (c *verifyCmd) guests(set source.Set) ([]asked, error) {
 
 // verify verifies all guests. Where one can't be, it goes on with the others, and returns the error in the end.
 func (c *verifyCmd) verify(ctx context.Context, u *ui.UI, check verify.Checker, guests []asked, out *verified) (failed error) {
-	bars := u.NewProgress()
+	bars := u.NewProgress("checked")
 	defer bars.Done()
 	for _, a := range guests {
 		check.Progress = bars.Bar(a.guest, 0).Set

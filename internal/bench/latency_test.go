@@ -45,7 +45,8 @@ type window struct {
 // and when there is none. Each metric is the median over the rounds.
 //
 // What is wanted: with fleecing at most twice what it is without a backup, or 10 ms more; and a tenth of what it is without
-// fleecing.
+// fleecing. On a disk that the arms before have left with much to write, the figures are that disk's; with TMPDIR on a tmpfs
+// it does not count.
 func BenchmarkGuestLatency(b *testing.B) {
 	q := testenv.Host(b)
 	if *latencyQEMU != "" {

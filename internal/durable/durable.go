@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 )
 
@@ -48,13 +49,18 @@ func (f FS) Step(op, path string) error {
 	return nil
 }
 
+const temporary = ".tmp-"
+
+// Temporary reports whether a file of that name is one that WriteFile is writing, or has left when it was killed.
+func Temporary(name string) bool { return strings.HasPrefix(name, temporary) }
+
 // WriteFile makes the file path with exactly data in it, or leaves what was there: a reader sees the old file or the
 // whole new one, also after a crash.
 func (f FS) WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 	if err := f.Step("create", path); err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-"+filepath.Base(path)+"-*")
+	tmp, err := os.CreateTemp(filepath.Dir(path), temporary+filepath.Base(path)+"-*")
 	if err != nil {
 		return err
 	}

@@ -19,7 +19,7 @@ func (u *UI) Result(asJSON bool, v any, text func(w io.Writer) error) error {
 		}
 		return nil
 	}
-	tw := tabwriter.NewWriter(u.stdout, 0, 0, 2, ' ', 0)
+	tw := tabwriter.NewWriter(plain{u.stdout}, 0, 0, 2, ' ', 0)
 	if err := text(tw); err != nil {
 		return err
 	}
@@ -37,4 +37,16 @@ func (u *UI) Event(v any) error {
 		return fmt.Errorf("standard output: %w", err)
 	}
 	return nil
+}
+
+// plain passes text on without what would have power over a terminal: notes and names can come from a guest or from
+// somebody else's backups.
+type plain struct{ w io.Writer }
+
+func (p plain) Write(b []byte) (int, error) {
+	// tabwriter writes whole cells: no character is cut in two.
+	if _, err := io.WriteString(p.w, printable(string(b))); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }

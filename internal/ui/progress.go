@@ -1,7 +1,6 @@
 package ui
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -33,15 +32,15 @@ type Bar interface {
 }
 
 // NewProgress returns the Progress that fits: bars on a terminal, a log line every ten seconds elsewhere, and nothing
-// at all when the user asked for quiet.
-func (u *UI) NewProgress() Progress {
+// at all when the user asked for quiet. The lines say that this much is verb ("copied").
+func (u *UI) NewProgress(verb string) Progress {
 	switch {
 	case u.quiet:
 		return silent{}
 	case u.terminal != nil:
 		return newBars(u.terminal, u.screen)
 	default:
-		return newLines(u.Log, logInterval)
+		return newLines(u.Log, verb, logInterval)
 	}
 }
 
@@ -180,6 +179,7 @@ func (p *bars) Done() {
 
 // lines writes to the log.
 type lines struct {
+	verb string
 	log  *logrus.Logger
 	stop chan struct{}
 	wg   sync.WaitGroup
@@ -194,8 +194,8 @@ type line struct {
 	said  bool // that it is complete
 }
 
-func newLines(log *logrus.Logger, interval time.Duration) *lines {
-	p := &lines{log: log, stop: make(chan struct{})}
+func newLines(log *logrus.Logger, verb string, interval time.Duration) *lines {
+	p := &lines{log: log, verb: verb, stop: make(chan struct{})}
 	p.wg.Go(func() {
 		tick := time.NewTicker(interval)
 		defer tick.Stop()
@@ -233,7 +233,7 @@ func (p *lines) report() {
 		l.meter.mu.Lock()
 		l.said = l.meter.complete()
 		l.meter.mu.Unlock()
-		p.log.WithField("disk", l.name).Info(fmt.Sprintf("copied %s", l.meter.text()))
+		p.log.WithField("disk", l.name).Info(p.verb + " " + l.meter.text())
 	}
 }
 

@@ -297,13 +297,13 @@ func TestResult(t *testing.T) {
 	u := newUI(t, &b, io.Discard, getenv(), Options{})
 	v := []map[string]string{{"note": "a<b & c"}}
 	text := func(w io.Writer) error {
-		_, err := fmt.Fprint(w, "GUEST\tPOINT\n110\t20261120T101523Z-3f9c\n")
+		_, err := fmt.Fprint(w, "GUEST\tPOINT\n110\t20261120T101523Z-3f9c\nm\x1b[2J\u00e9\tx\n")
 		return err
 	}
 	if err := errors.Join(u.Result(true, v, text), u.Result(false, v, text), u.Event(v[0])); err != nil {
 		t.Fatal(err)
 	}
-	want := "[\n  {\n    \"note\": \"a<b & c\"\n  }\n]\nGUEST  POINT\n110    20261120T101523Z-3f9c\n{\"note\":\"a<b & c\"}\n"
+	want := "[\n  {\n    \"note\": \"a<b & c\"\n  }\n]\nGUEST   POINT\n110     20261120T101523Z-3f9c\nm\uFFFD[2J\u00e9  x\n{\"note\":\"a<b & c\"}\n"
 	if diff := cmp.Diff(want, b.String()); diff != "" {
 		t.Error(diff)
 	}
@@ -354,7 +354,7 @@ func TestProgressLines(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(b)
 	log.SetFormatter(plainFormat(false))
-	p := newLines(log, 20*time.Millisecond)
+	p := newLines(log, "copied", 20*time.Millisecond)
 	scsi0, scsi1 := p.Bar("scsi0", 1<<30), p.Bar("scsi1", 0)
 	scsi0.Set(1<<29, 1<<30)
 	scsi1.Set(1<<20, 1<<20)
@@ -395,7 +395,7 @@ func TestProgressBars(t *testing.T) {
 	t.Parallel()
 	tty, seen := terminal(t)
 	u := newUI(t, io.Discard, tty, getenv("NO_COLOR=1"), Options{})
-	p := u.NewProgress()
+	p := u.NewProgress("copied")
 	scsi0, scsi1 := p.Bar("scsi0", 1<<30), p.Bar("efidisk0", 0)
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -434,7 +434,7 @@ func TestNoProgress(t *testing.T) {
 	t.Parallel()
 	tty, seen := terminal(t)
 	u := newUI(t, io.Discard, tty, getenv(), Options{Quiet: true})
-	p := u.NewProgress()
+	p := u.NewProgress("copied")
 	p.Bar("scsi0", 10).Set(10, 10)
 	p.Done()
 	if got := seen(); got != "" {

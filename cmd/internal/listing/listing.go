@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -131,7 +132,7 @@ func Of(m *chain.Manifest) Point {
 func printAll(w io.Writer, points []Point) error {
 	fmt.Fprintln(w, "POINT\tTIME\tLEVEL\tDISK\tSIZE\tSTORED\tNOTE")
 	for _, p := range points {
-		name, when, note := p.Guest+"/"+string(p.ID), p.Time.Local().Format("2006-01-02 15:04:05"), p.Note
+		name, when, note := p.Guest+"/"+string(p.ID), p.Time.Local().Format("2006-01-02 15:04:05"), strings.Join(strings.Fields(p.Note), " ")
 		for _, d := range p.Disks {
 			_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", name, when, d.Level, d.Name,
 				humanize.IBytes(uint64(d.VirtualSize)), humanize.IBytes(uint64(d.Bytes)), note)
