@@ -71,6 +71,7 @@ var project = rules{
 	testOnly: []string{
 		"internal/testenv", "internal/ledger", "internal/archtest", "internal/demo",
 		"qmp/qmptest", "chain/image/imagetest", "chain/repo/repotest", "chain/foreign/foreigntest", "chain/virtnbd/streamtest",
+		"proxmox/pvetest",
 	},
 	helpers: []string{"internal/demo"},
 	calls: map[string][]string{

@@ -104,6 +104,10 @@ type Config struct {
 
 	Memory int      // MiB; 64, and 384 with Guest
 	Args   []string // more arguments, after all others
+
+	// CommandLine is what QEMU is started with, for who makes command lines in another way. Disks then only says which
+	// devices there are; the fields that say how to start have no effect, but Guest adds what Linux needs.
+	CommandLine []string
 }
 
 // files are the paths in a VM's own folder that its command line names.
@@ -182,17 +186,7 @@ func commandLine(cfg Config, f files, aio func(Disk) string) ([]string, error) {
 	}
 	args = append(args, "-machine", machine)
 	if cfg.Guest {
-		args = append(args,
-			// Without cmpxchg16b: as QEMU 7.2 emulates it, the kernel's allocator crashes now and then.
-			"-cpu", "max,-cx16",
-			"-kernel", f.kernel, "-initrd", f.initrd,
-			// The kernel's check of its timer panics where the host is too busy to run the guest meanwhile.
-			"-append", "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check",
-			"-device", "virtio-rng-pci",
-			"-chardev", "socket,id=console,path="+escape(f.console)+",server=on,wait=off,logfile="+escape(f.log),
-			"-serial", "chardev:console",
-			"-chardev", "socket,id=runner,path="+escape(f.runner)+",server=on,wait=off",
-			"-device", "virtserialport,chardev=runner,name=qmchain.test.0")
+		args = append(args, guestArgs(f)...)
 	}
 	if cfg.Prelaunch {
 		args = append(args, "-S")
@@ -201,6 +195,22 @@ func commandLine(cfg Config, f files, aio func(Disk) string) ([]string, error) {
 		args = append(args, "-no-shutdown")
 	}
 	return append(args, cfg.Args...), nil
+}
+
+// guestArgs are what Linux needs, after a virtio-serial.
+func guestArgs(f files) []string {
+	return []string{
+		// Without cmpxchg16b: as QEMU 7.2 emulates it, the kernel's allocator crashes now and then.
+		"-cpu", "max,-cx16",
+		"-kernel", f.kernel, "-initrd", f.initrd,
+		// The kernel's check of its timer panics where the host is too busy to run the guest meanwhile.
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check",
+		"-device", "virtio-rng-pci",
+		"-chardev", "socket,id=console,path=" + escape(f.console) + ",server=on,wait=off,logfile=" + escape(f.log),
+		"-serial", "chardev:console",
+		"-chardev", "socket,id=runner,path=" + escape(f.runner) + ",server=on,wait=off",
+		"-device", "virtserialport,chardev=runner,name=qmchain.test.0",
+	}
 }
 
 // kind is the kind of the disk's device.

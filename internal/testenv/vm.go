@@ -134,7 +134,7 @@ func (vm *VM) start() error {
 	cfg := vm.cfg
 	for i, d := range cfg.Disks {
 		d = d.withDefaults()
-		if _, err := os.Stat(d.Path); errors.Is(err, os.ErrNotExist) && !d.cdrom() {
+		if _, err := os.Stat(d.Path); errors.Is(err, os.ErrNotExist) && !d.cdrom() && cfg.CommandLine == nil {
 			if err := createDisk(cfg.QEMU, d.Path, d.Format, d.Size); err != nil {
 				return fmt.Errorf("disk %s: %w", d.ID, err)
 			}
@@ -158,9 +158,12 @@ func (vm *VM) start() error {
 			return err
 		}
 	}
-	args, err := commandLine(cfg, f, aioFor)
-	if err != nil {
-		return err
+	args := givenCommandLine(cfg, f)
+	if cfg.CommandLine == nil {
+		var err error
+		if args, err = commandLine(cfg, f, aioFor); err != nil {
+			return err
+		}
 	}
 	// What a killed QEMU left must not be taken for the new one's.
 	for _, path := range []string{f.socket, f.spare, f.agent, f.harness, f.console, f.log, f.runner} {
@@ -184,6 +187,17 @@ func (vm *VM) start() error {
 		return vm.waitBoot()
 	}
 	return nil
+}
+
+// givenCommandLine is Config.CommandLine with what the harness needs.
+func givenCommandLine(cfg Config, f files) []string {
+	args := append([]string{
+		"-chardev", "socket,id=harness,path=" + escape(f.harness) + ",server=on,wait=off", "-mon", "chardev=harness,mode=control",
+	}, cfg.CommandLine...)
+	if cfg.Guest {
+		args = append(args, guestArgs(f)...)
+	}
+	return args
 }
 
 func (vm *VM) current() (*process, *monitor) {
