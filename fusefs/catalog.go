@@ -1,6 +1,7 @@
 package fusefs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/source"
+	"qmchain/fusefs/partition"
 	"qmchain/fusefs/tree"
 )
 
@@ -28,16 +31,23 @@ var errGone = errors.New("no longer there")
 
 // catalog knows what is in the set.
 type catalog struct {
-	set source.Set
-	log logrus.FieldLogger
-	now func() time.Time
+	home *home
+	log  logrus.FieldLogger
+	now  func() time.Time
+
+	// partitions returns what partition tables say of disks of a point; nil: nobody looks.
+	partitions func(ctx context.Context, p tree.Place, disks []string) map[string]found
+
+	rootFolder rootFolder
 
 	mu     sync.Mutex
 	guests map[string]*guestList
+
+	looks, kept atomic.Uint64 // for a guest's points: at the set; that found a list young enough
 }
 
 func newCatalog(set source.Set, log logrus.FieldLogger, now func() time.Time) *catalog {
-	return &catalog{set: set, log: log, now: now, guests: map[string]*guestList{}}
+	return &catalog{home: newHome(set, log), log: log, now: now, guests: map[string]*guestList{}}
 }
 
 // guestList keeps what was read of one guest. Its lock is held while the set is read, so that many who ask at once cause
@@ -55,7 +65,9 @@ type listing struct {
 	folder tree.Stat
 	stamp  stamp
 	from   *source.Points
-	points []tree.Point // that are shown, oldest first
+	set    source.Set
+	points []tree.Point     // that are shown, oldest first
+	byID   map[chain.ID]int // in points
 	wrong  []chain.Problem
 
 	mu       sync.Mutex
@@ -90,8 +102,30 @@ func statOf(info fs.FileInfo) tree.Stat {
 	}
 }
 
-// list returns what a folder of the tree holds.
-func (c *catalog) list(p tree.Place) ([]tree.Node, error) {
+// list returns what a folder of the tree holds. A point's partitions are among it as far as they are found in time.
+func (c *catalog) list(ctx context.Context, p tree.Place) ([]tree.Node, error) {
+	nodes, err := c.listNow(ctx, p)
+	return nodes, c.certain(len(nodes) == 0, err)
+}
+
+// find returns one node of a folder. Its error is fs.ErrNotExist only if that is certain now.
+func (c *catalog) find(ctx context.Context, p tree.Place, name string) (tree.Node, error) {
+	n, err := c.findNow(ctx, p, name)
+	return n, c.certain(false, err)
+}
+
+// certain makes sure that the set is there if something in it seems not to be: what is below a share that was unmounted
+// must not pass for a set without points.
+func (c *catalog) certain(nothing bool, err error) error {
+	if nothing && err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, errGone) {
+		if _, away := c.home.now(); away != nil {
+			return away
+		}
+	}
+	return err
+}
+
+func (c *catalog) listNow(ctx context.Context, p tree.Place) ([]tree.Node, error) {
 	switch {
 	case p.Guest == "":
 		return c.listRoot()
@@ -113,18 +147,50 @@ func (c *catalog) list(p tree.Place) ([]tree.Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.partitions != nil {
+		contents.Partitions = map[string][]partition.Partition{}
+		var disks []string
+		for _, d := range point.Manifest.Disks {
+			disks = append(disks, d.Name)
+		}
+		for disk, f := range c.partitions(ctx, p, disks) {
+			contents.Partitions[disk] = f.parts // what went wrong is in the log
+		}
+	}
 	return tree.PointContents(p.Guest, contents), nil
 }
 
-// find returns one node of a folder. Its error is fs.ErrNotExist only if that is certain now.
-func (c *catalog) find(p tree.Place, name string) (tree.Node, error) {
+func (c *catalog) findNow(ctx context.Context, p tree.Place, name string) (tree.Node, error) {
 	switch {
 	case p.Guest == "":
 		return c.findGuest(name)
 	case p.Point == "":
 		return c.findPoint(p.Guest, name)
+	case p.Files:
+		nodes, err := c.listNow(ctx, p)
+		return pick(nodes, name, err)
 	}
-	nodes, err := c.list(p)
+	l, point, err := c.point(p)
+	if err != nil {
+		return tree.Node{}, err
+	}
+	contents, err := c.contents(l, point)
+	if err != nil {
+		return tree.Node{}, err
+	}
+	// Only a name that says so costs a look into a disk, and only into that one.
+	disk, ok := tree.PartitionDisk(point.Manifest, name)
+	if ok && c.partitions != nil {
+		f := c.partitions(ctx, p, []string{disk})[disk]
+		if f.err != nil {
+			return tree.Node{}, f.err
+		}
+		contents.Partitions = map[string][]partition.Partition{disk: f.parts}
+	}
+	return pick(tree.PointContents(p.Guest, contents), name, nil)
+}
+
+func pick(nodes []tree.Node, name string, err error) (tree.Node, error) {
 	if err != nil {
 		return tree.Node{}, err
 	}
@@ -135,17 +201,87 @@ func (c *catalog) find(p tree.Place, name string) (tree.Node, error) {
 	return n, nil
 }
 
-// root is the mount's own folder.
-func (c *catalog) root() (tree.Node, error) {
-	info, err := os.Stat(c.set.Dir())
-	if err != nil {
-		return tree.Node{}, err
+// attributes returns the extended attributes of a node that is in that folder.
+func (c *catalog) attributes(in tree.Place, n tree.Node) (tree.Attributes, error) {
+	switch {
+	case n.Kind == tree.Dir && n.Place.Guest != "" && n.Place.Point == "":
+		l, err := c.guest(n.Place.Guest, false)
+		if err != nil {
+			return nil, err
+		}
+		return tree.GuestAttributes(l.guest, string(l.set.Kind()), l.points), nil
+	case n.Kind == tree.Dir && n.Place.Point != "" && !n.Place.Files:
+		_, point, err := c.point(n.Place)
+		if err != nil {
+			return nil, err
+		}
+		return tree.PointAttributes(n.Place.Guest, point.Manifest), nil
+	case n.Kind != tree.Disk:
+		return nil, nil
 	}
-	return tree.Root(statOf(info)), nil
+	l, point, err := c.point(in)
+	if err != nil {
+		return nil, err
+	}
+	d := point.Manifest.Disk(n.Disk)
+	if d == nil {
+		return nil, fmt.Errorf("%s/%s: disk %s: %w", in.Guest, in.Point, n.Disk, errGone)
+	}
+	at, _ := l.from.Image(chain.Layer{Point: point.Manifest, Disk: d})
+	return tree.DiskAttributes(in.Guest, point.Manifest, d, at.Name, l.warning(point.Manifest.ID, d.Name), n.Partition), nil
+}
+
+// rootPatience is how long the attributes of the root wait for a look at the set's directory.
+const rootPatience = 500 * time.Millisecond
+
+// root is the mount's own folder. While the set is out of reach it is as it was: umount(8), mountpoint(1) and who lists the
+// folder above ask for it, and are to have an answer. Only the first answer can fail.
+func (c *catalog) root() (tree.Node, error) {
+	r := &c.rootFolder
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.looking == nil { // else the last look has not come back: no second one that hangs
+		looking := make(chan error, 1)
+		r.looking = looking
+		go func() {
+			_, err := c.home.now()
+			var info fs.FileInfo
+			if err == nil {
+				info, err = os.Stat(c.home.dir)
+			}
+			if err == nil {
+				n := tree.Root(statOf(info))
+				r.last.Store(&n)
+			}
+			looking <- err
+		}()
+	}
+	var err error
+	select {
+	case err = <-r.looking:
+		r.looking = nil
+	case <-time.After(rootPatience):
+		err = fmt.Errorf("%s: %w", c.home.dir, errAway)
+	}
+	if n := r.last.Load(); n != nil {
+		return *n, nil
+	}
+	return tree.Node{}, err
+}
+
+// rootFolder is what is known of the root.
+type rootFolder struct {
+	mu      sync.Mutex
+	looking chan error // of the look that is under way, if any
+	last    atomic.Pointer[tree.Node]
 }
 
 func (c *catalog) listRoot() ([]tree.Node, error) {
-	names, err := c.set.Guests()
+	set, err := c.home.now()
+	if err != nil {
+		return nil, err
+	}
+	names, err := set.Guests()
 	if err != nil {
 		return nil, err
 	}
@@ -156,14 +292,18 @@ func (c *catalog) listRoot() ([]tree.Node, error) {
 		case err == nil:
 			nodes = append(nodes, n)
 		case !errors.Is(err, fs.ErrNotExist):
-			c.log.WithError(err).Warnf("guest %s is not shown", name) // and the others are
+			c.log.WithField("guest", name).WithError(err).Warnf("guest %s is not shown", name) // and the others are
 		}
 	}
 	return nodes, nil
 }
 
 func (c *catalog) findGuest(name string) (tree.Node, error) {
-	g, err := c.set.Guest(name)
+	set, err := c.home.now()
+	if err != nil {
+		return tree.Node{}, err
+	}
+	g, err := set.Guest(name)
 	if err != nil {
 		return tree.Node{}, fs.ErrNotExist // nothing can have that name
 	}
@@ -177,7 +317,7 @@ func (c *catalog) findGuest(name string) (tree.Node, error) {
 // statDir looks at a folder of the set. To the set's own directory, which in a foreign set is the guest's and the points'
 // too, a link may lead: the user has named it.
 func (c *catalog) statDir(path string) (fs.FileInfo, error) {
-	if path == c.set.Dir() {
+	if path == c.home.dir {
 		return os.Stat(path)
 	}
 	return lstatDir(path)
@@ -236,7 +376,11 @@ func (c *catalog) point(p tree.Place) (*listing, tree.Point, error) {
 // guest returns a guest's points. Without fresh, that may be a list of up to listAge ago, if the folder's own stamp says
 // that no point came or went since.
 func (c *catalog) guest(name string, fresh bool) (*listing, error) {
-	g, err := c.set.Guest(name)
+	set, err := c.home.now()
+	if err != nil {
+		return nil, err
+	}
+	g, err := set.Guest(name)
 	if err != nil {
 		return nil, err
 	}
@@ -255,14 +399,17 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 		list.current = nil
 		return nil, err
 	}
-	if l := list.current; !fresh && l != nil && l.stamp == stampOf(info) && c.now().Sub(l.at) < listAge {
+	if l := list.current; !fresh && l != nil && l.set == set && l.stamp == stampOf(info) && c.now().Sub(l.at) < listAge {
+		c.kept.Add(1)
 		return l, nil
 	}
+	c.looks.Add(1)
 	l := &listing{
-		guest: name, at: c.now(), folder: statOf(info), stamp: stampOf(info),
+		guest: name, at: c.now(), folder: statOf(info), stamp: stampOf(info), set: set, byID: map[chain.ID]int{},
 		remember: map[string]remembered{}, passed: map[string][]pointFile{},
 	}
 	if l.from, err = g.Points(); err != nil {
+		c.home.doubt(err)
 		return nil, err
 	}
 	l.wrong = l.from.Problems
@@ -270,10 +417,14 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 		info, err := c.statDir(l.from.Folder(m))
 		switch {
 		case err == nil:
+			l.byID[m.ID] = len(l.points)
 			l.points = append(l.points, tree.Point{Manifest: m, Folder: statOf(info).Perm})
 		case !errors.Is(err, fs.ErrNotExist): // removed meanwhile
 			l.wrong = append(slices.Clip(l.wrong), chain.Problem{Point: string(m.ID), Err: err})
 		}
+	}
+	if _, err := c.home.now(); err != nil {
+		return nil, err // what was not found may only be out of sight
 	}
 	list.tell(c.log, l)
 	list.current = l
@@ -284,9 +435,13 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 // doubtful is said once.
 func (list *guestList) tell(log logrus.FieldLogger, l *listing) {
 	said := make(map[string]bool, len(list.said))
-	say := func(key, text string) {
+	say := func(p chain.Problem, key, text string) {
 		if !said[key] && !list.said[key] {
-			log.Warn(text)
+			fields := logrus.Fields{"guest": l.guest, "point": p.Point}
+			if p.Disk != "" {
+				fields["disk"] = p.Disk
+			}
+			log.WithFields(fields).Warn(text)
 		}
 		said[key] = true
 	}
@@ -295,7 +450,7 @@ func (list *guestList) tell(log logrus.FieldLogger, l *listing) {
 		if p.Disk != "" {
 			text = fmt.Sprintf("point %s/%s: disk %s can't be read: %v", l.guest, p.Point, p.Disk, p.Err)
 		}
-		say(text, text)
+		say(p, text, text)
 	}
 	disks := map[string]int{}
 	for _, w := range l.from.Warnings {
@@ -306,19 +461,28 @@ func (list *guestList) tell(log logrus.FieldLogger, l *listing) {
 		if n := disks[why]; n > 1 {
 			more = fmt.Sprintf(", and %d more disks or points", n-1)
 		}
-		say(why, fmt.Sprintf("point %s/%s: disk %s%s: %s", l.guest, w.Point, w.Disk, more, why))
+		say(w, why, fmt.Sprintf("point %s/%s: disk %s%s: %s", l.guest, w.Point, w.Disk, more, why))
 	}
 	list.said = said
 }
 
 // find returns the point of that id.
 func (l *listing) find(id chain.ID) (tree.Point, bool) {
-	for _, p := range l.points {
-		if p.Manifest.ID == id {
-			return p, true
+	i, ok := l.byID[id]
+	if !ok {
+		return tree.Point{}, false
+	}
+	return l.points[i], true
+}
+
+// warning is what there is to know of a disk that can be read.
+func (l *listing) warning(id chain.ID, disk string) string {
+	for _, w := range l.from.Warnings {
+		if w.Point == string(id) && w.Disk == disk {
+			return w.Err.Error()
 		}
 	}
-	return tree.Point{}, false
+	return ""
 }
 
 // contents looks at what there is of a point.

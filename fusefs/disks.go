@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"qmchain/chain"
 	"qmchain/chain/image"
+	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
 )
 
@@ -18,27 +22,44 @@ var errUnmounted = errors.New("unmounted")
 // disks are the images that are open. All handles of one disk share one image, and all images their pool.
 type disks struct {
 	catalog *catalog
-	pool    *image.Pool
+	options image.PoolOptions
+	handles atomic.Int64 // on disks, by those who use the mount
 
-	mu      sync.Mutex
-	open    map[diskKey]*openDisk
-	handles int
-	ended   bool
+	mu    sync.Mutex
+	pool  *image.Pool
+	open  map[diskKey]*openDisk
+	ended bool
+
+	opened, reopened atomic.Uint64
 }
 
 type diskKey struct{ uuid, disk string }
 
-// openDisk is an image with the number of handles on it; ready is closed when img and err are set.
+// openDisk is an image with the number of those who use it; ready is closed when it is open or err is set. It reads like
+// the image, and opens that anew when the files that it is made of can't be read any more.
 type openDisk struct {
+	disks *disks
+	place tree.Place
 	key   diskKey
-	refs  int
+	refs  int // guarded by disks.mu
 	ready chan struct{}
-	img   image.Image
 	err   error
+
+	now atomic.Pointer[openImage]
+
+	mu    sync.Mutex // of who opens it anew
+	tried time.Time  // when that was, last
 }
 
-func newDisks(c *catalog, pool *image.Pool) *disks {
-	return &disks{catalog: c, pool: pool, open: map[diskKey]*openDisk{}}
+// openImage is an image, the pool that has its files, and the set that it is from.
+type openImage struct {
+	image.Image
+	pool *image.Pool
+	set  source.Set
+}
+
+func newDisks(c *catalog, options image.PoolOptions) *disks {
+	return &disks{catalog: c, options: options, pool: image.NewPool(options), open: map[diskKey]*openDisk{}}
 }
 
 // acquire opens a disk, or shares it with who has it open. Each call that succeeds needs one of release.
@@ -52,15 +73,19 @@ func (d *disks) acquire(p tree.Place, disk string) (*openDisk, error) {
 	o := d.open[key]
 	first := o == nil
 	if first {
-		o = &openDisk{key: key, ready: make(chan struct{})}
+		o = &openDisk{disks: d, place: p, key: key, ready: make(chan struct{})}
 		d.open[key] = o
 	}
 	o.refs++
-	d.handles++
+	pool := d.pool
 	d.mu.Unlock()
 
 	if first {
-		o.img, o.err = d.openImage(p, disk)
+		d.opened.Add(1)
+		var img *openImage
+		if img, o.err = d.openNow(pool, p, disk); o.err == nil {
+			o.now.Store(img)
+		}
 		close(o.ready)
 	}
 	<-o.ready
@@ -71,22 +96,24 @@ func (d *disks) acquire(p tree.Place, disk string) (*openDisk, error) {
 	return o, nil
 }
 
-func (d *disks) openImage(p tree.Place, disk string) (image.Image, error) {
+func (d *disks) openNow(pool *image.Pool, p tree.Place, disk string) (*openImage, error) {
 	l, point, err := d.catalog.point(p)
 	if err != nil {
 		return nil, err
 	}
-	img, err := l.from.OpenDisk(d.pool, point.Manifest, disk)
+	img, err := l.from.OpenDisk(pool, point.Manifest, disk)
 	if errors.Is(err, chain.ErrNoPoint) {
 		return nil, fmt.Errorf("%w: %w", errGone, err) // since it was listed
 	}
-	return img, err
+	if err != nil {
+		return nil, err
+	}
+	return &openImage{img, pool, l.set}, nil
 }
 
-// release gives a handle back; the last one closes the image.
+// release gives a disk back; the last one closes the image.
 func (d *disks) release(o *openDisk) {
 	d.mu.Lock()
-	d.handles--
 	o.refs--
 	last := o.refs == 0
 	if last && d.open[o.key] == o {
@@ -100,16 +127,19 @@ func (d *disks) release(o *openDisk) {
 
 func (o *openDisk) close() {
 	<-o.ready
-	if o.img != nil {
-		_ = o.img.Close() // nothing was written; a second Close only says so
+	if img := o.now.Load(); img != nil {
+		_ = img.Close() // nothing was written; a second Close only says so
 	}
 }
 
 // inUse is the number of handles.
-func (d *disks) inUse() int {
+func (d *disks) inUse() int { return int(d.handles.Load()) }
+
+// count is the number of disks that are open.
+func (d *disks) count() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.handles
+	return len(d.open)
 }
 
 // end closes all images: the kernel does not give handles back once the mount has ended. It must not be called while
@@ -125,6 +155,124 @@ func (d *disks) end() {
 	}
 }
 
+// renew returns a pool other than old, for images whose files in old can't be read any more: who opens a file again by its
+// name in the same pool gets what the pool has open of it. Those who still use old leave it, one after the other, when they
+// find the same.
+func (d *disks) renew(old *image.Pool) *image.Pool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pool == old {
+		d.pool = image.NewPool(d.options)
+	}
+	return d.pool
+}
+
+// reopenAgain is how long a disk that can't be read is not opened anew again: it costs some reads for each layer.
+const reopenAgain = 2 * time.Second
+
+func (o *openDisk) Size() int64 { return o.now.Load().Size() }
+
+func (o *openDisk) ReadAt(p []byte, off int64) (n int, err error) {
+	img := o.now.Load()
+	n, err = img.ReadAt(p, off)
+	if again := o.reopen(img, err); again != nil {
+		n, err = again.ReadAt(p, off)
+	}
+	return n, err
+}
+
+func (o *openDisk) Extents(off, length int64) (list []image.Extent, err error) {
+	img := o.now.Load()
+	list, err = img.Extents(off, length)
+	if again := o.reopen(img, err); again != nil {
+		list, err = again.Extents(off, length)
+	}
+	return list, err
+}
+
+// reopen opens the disk anew in place of an image that could not be read, if the error is one that this can help against: the
+// system has lost the file, as when a share was away. Damage within a file is none. It returns nil, and the image is kept,
+// where opening it does not work either: the point may have been removed, and be there only as what is open of it.
+func (o *openDisk) reopen(old *openImage, why error) *openImage {
+	if why == nil || errors.Is(why, io.EOF) {
+		return nil
+	}
+	var no syscall.Errno
+	changed := errors.Is(why, image.ErrChanged)
+	if !changed && !errors.As(why, &no) && !errors.Is(why, image.ErrClosed) {
+		return nil
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if now := o.now.Load(); now != old {
+		return now // somebody was faster
+	}
+	clock := o.disks.catalog.now
+	if !o.tried.IsZero() && clock().Sub(o.tried) < reopenAgain {
+		return nil
+	}
+	o.tried = clock()
+	now, err := o.disks.openNow(o.disks.renew(old.pool), o.place, o.key.disk)
+	if err != nil {
+		return nil
+	}
+	if changed && now.set == old.set {
+		// Not because another mount has other numbers for the same file: it is another one, or was written to.
+		_ = now.Close()
+		return nil
+	}
+	o.disks.reopened.Add(1)
+	o.now.Store(now)
+	go old.Close() // when those who read it have found the same
+	return now
+}
+
+// data is what is shown as one file: a disk, or a part of one.
+type data interface {
+	io.ReaderAt
+	Size() int64
+	Extents(off, length int64) ([]image.Extent, error)
+}
+
+var (
+	_ data = (*openDisk)(nil)
+	_ data = section{}
+)
+
+// section is a part of a disk, which lies within it.
+type section struct {
+	disk data
+	off  int64
+	size int64
+}
+
+func (s section) Size() int64 { return s.size }
+
+func (s section) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 || off >= s.size {
+		return 0, io.EOF
+	}
+	if left := s.size - off; int64(len(p)) > left {
+		n, err := s.disk.ReadAt(p[:left], s.off+off)
+		if err == nil {
+			err = io.EOF
+		}
+		return n, err
+	}
+	return s.disk.ReadAt(p, s.off+off)
+}
+
+func (s section) Extents(off, length int64) ([]image.Extent, error) {
+	if off < 0 || off >= s.size {
+		return nil, nil
+	}
+	list, err := s.disk.Extents(s.off+off, min(length, s.size-off))
+	for i := range list {
+		list[i].Off -= s.off
+	}
+	return list, err
+}
+
 // holes answers a handle's questions for the next hole and the next data. They are asked one after the other, so what the
 // image said of the range behind one is kept for the next.
 type holes struct {
@@ -136,7 +284,7 @@ type holes struct {
 const holeWindow = 1 << 30
 
 // at returns the extent that off is in. It ends at the latest where the window does: the next one may be like it.
-func (h *holes) at(img image.Image, off int64) (image.Extent, error) {
+func (h *holes) at(img data, off int64) (image.Extent, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, again := range []bool{false, true} {
@@ -175,7 +323,7 @@ const seekPatience = 3 * time.Second
 
 // seek returns the first offset from off on that is data, or that is a hole. The end of the disk counts as a hole. ok is
 // false where there is none: behind the end, and behind the last data.
-func (h *holes) seek(ctx context.Context, img image.Image, off int64, data bool) (pos int64, ok bool, err error) {
+func (h *holes) seek(ctx context.Context, img data, off int64, isData bool) (pos int64, ok bool, err error) {
 	began := time.Now()
 	size := img.Size()
 	if off < 0 || off >= size {
@@ -189,10 +337,10 @@ func (h *holes) seek(ctx context.Context, img image.Image, off int64, data bool)
 		if err != nil {
 			return 0, false, err
 		}
-		if e.Zero != data {
+		if e.Zero != isData {
 			return off, true, nil
 		}
 		off = e.End()
 	}
-	return size, !data, nil
+	return size, !isData, nil
 }

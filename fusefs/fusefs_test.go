@@ -847,7 +847,7 @@ func TestBadCluster(t *testing.T) {
 	if info := must(disk.Stat())(t); info.Size() != smallSize {
 		t.Errorf("the disk has %d bytes now", info.Size())
 	}
-	if log := m.log.String(); !strings.Contains(log, "point 110/"+string(full.ID)+": disk scsi0: read") {
+	if log := m.log.String(); !strings.Contains(log, "point 110/"+string(full.ID)+": disk scsi0 can't be read") {
 		t.Errorf("nothing in the log:\n%s", log)
 	}
 }

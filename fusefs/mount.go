@@ -7,6 +7,7 @@ import (
 	"log"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -28,7 +29,7 @@ var (
 	ErrNoFUSE = errors.New("FUSE can't be used")
 	// ErrMounted: there is a mount of a set already.
 	ErrMounted = errors.New("already mounted")
-	// ErrStale: there is a mount whose server is gone. It must be unmounted first.
+	// ErrStale: there is a mount whose server is gone, and it can't be taken away: it is another program's, or another user's.
 	ErrStale = errors.New("a mount without a server is left there")
 	// ErrNested: the set and the mount point are within one another: reading the one would need the other.
 	ErrNested = errors.New("what is to be mounted and the mount point are within one another")
@@ -46,6 +47,8 @@ type Options struct {
 	Dir string
 	// AllowOther lets other users than the one who mounts in, as far as the modes of the set's files do.
 	AllowOther bool
+	// View changes the owners and modes that are shown, and with them who may read what.
+	View tree.View
 	// Pool bounds what open images use. Zero values are its own defaults, but for the number of open files, which is then
 	// taken from what the process may have.
 	Pool image.PoolOptions
@@ -116,11 +119,14 @@ type Mounted struct {
 	err    error // set before gone is closed
 }
 
+// Dir is the mount point, without symbolic links.
+func (m *Mounted) Dir() string { return m.dir }
+
 // Mount mounts a set and serves it until the mount ends, however that comes: Unmount, umount(8) by somebody else,
 // or an abort by the kernel. ctx is for the making of the mount only. It wraps ErrNoFUSE, ErrMounted, ErrStale, ErrNested,
 // fs.ErrNotExist, or what the system says of the mount point.
 func Mount(ctx context.Context, o Options) (*Mounted, error) {
-	dir, err := checkMountPoint(ctx, o.Dir)
+	dir, err := clearMountPoint(ctx, o.Dir, o.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -139,18 +145,33 @@ func Mount(ctx context.Context, o Options) (*Mounted, error) {
 		o.Pool.MaxFiles = maxFiles()
 	}
 	m := &Mounted{dir: dir, log: o.Log, place: place, served: make(chan struct{}), gone: make(chan struct{})}
-	c := newCatalog(o.Set, o.Log, time.Now)
-	m.fsys = &fileSystem{
-		catalog: c,
-		disks:   newDisks(c, image.NewPool(o.Pool)),
-		log:     o.Log,
-		said:    map[string]time.Time{},
-	}
+	m.fsys = newFileSystem(dir, o, time.Now)
 	if err := m.start(ctx, o); err != nil {
+		m.fsys.tables.end(0)
 		_ = place.Close()
 		return nil, err
 	}
 	return m, nil
+}
+
+func newFileSystem(dir string, o Options, now func() time.Time) *fileSystem {
+	f := &fileSystem{dir: dir, view: o.View, stats: newStats(now()), log: newQuietLog(o.Log, now)}
+	f.catalog = newCatalog(o.Set, o.Log, now)
+	f.disks = newDisks(f.catalog, o.Pool)
+	f.tables = newTables(f.disks, f.log, now)
+	f.catalog.partitions = f.tables.of
+	return f
+}
+
+// end closes what is open, once no request is served any more. It reports whether all of it could be closed: what hangs in
+// a read can't.
+func (f *fileSystem) end() bool {
+	if !f.tables.end(endLimit) {
+		return false
+	}
+	f.disks.end()
+	f.catalog.home.end()
+	return true
 }
 
 // mostFiles is how many image files may be open at a time: a chain of a year's days in each of ten points read at once.
@@ -210,12 +231,11 @@ func (m *Mounted) serve(fd int, o Options) error {
 			//
 			// What go-fuse could splice is a range of one file; a reply here is bytes of several. Without this it would
 			// set up a pipe for each of them, only to find that out: small reads were seen to take twice the processor's
-			// time. A vector (ReadResultVector) avoids that as well, and was as fast.
+			// time. A vector (ReadResultVector) avoids that as well, and was as fast. Ranges of several files gathered in a pipe
+			// (ReadResultPipe) were seen to take no less of the processor than reading and writing them.
 			DisableSplice: true,
-			// Extended attributes: there are none, but they are not disabled (DisableXAttrs), since tar --xattrs complains
-			// of files that can't have any. go-fuse answers that the list is empty.
-			Debug:  o.Debug,
-			Logger: log.New(logWriter{o.Log}, "", 0),
+			Debug:         o.Debug,
+			Logger:        log.New(logWriter{o.Log}, "", 0),
 			PanicHandler: func(p any) fuse.Status {
 				o.Log.Errorf("defect in a file system request: %v", p)
 				return fuse.EIO
@@ -229,15 +249,29 @@ func (m *Mounted) serve(fd int, o Options) error {
 	}
 	raw := fs.NewNodeFS(&folder{node{about: about{fsys: m.fsys, n: root}}}, opts)
 	// go-fuse takes this name for a mount that is made already.
-	server, err := fuse.NewServer(raw, "/dev/fd/"+strconv.Itoa(fd), &opts.MountOptions)
+	server, err := fuse.NewServer(counted{raw, m.fsys.stats}, "/dev/fd/"+strconv.Itoa(fd), &opts.MountOptions)
 	if err != nil {
 		return fmt.Errorf("FUSE: %w", err) // fd was closed
 	}
+	allowWaiting()
 	go func() {
 		server.Serve()
 		close(m.served)
 	}()
 	return nil
+}
+
+// callsAtATime is how many system calls may be under way before Go's scheduler has to look for those that only wait.
+const callsAtATime = 8
+
+// allowWaiting raises GOMAXPROCS, for the whole process. Nearly all that a server does is system calls, each of which Go
+// takes to keep a processor busy until a timer finds that it waits. With no more of Go's processors than there are real
+// ones, the kernel's next request waits for that timer; on two processors, reads of 4 KiB one at a time were seen to take a
+// third more time, 16 at a time from a cold cache a half, and long reads a fifth.
+func allowWaiting() {
+	if runtime.GOMAXPROCS(0) < callsAtATime {
+		runtime.GOMAXPROCS(callsAtATime)
+	}
 }
 
 // logWriter takes go-fuse's own messages.
@@ -308,7 +342,26 @@ func (m *Mounted) setReadAhead() {
 	}
 }
 
-// checkMountPoint returns the mount point's path without symbolic links.
+// maxStale is how many dead mounts on one another are taken away, as they come of starting a server that dies over and over.
+const maxStale = 16
+
+// clearMountPoint returns the mount point's path without symbolic links. What servers of this program have left there that
+// were killed is taken away: it answers nobody, and in fstab nobody would be there to do it.
+func clearMountPoint(ctx context.Context, dir string, log logrus.FieldLogger) (string, error) {
+	for tries := 0; ; tries++ {
+		path, err := checkMountPoint(ctx, dir)
+		if !errors.Is(err, ErrStale) || path == "" || tries == maxStale {
+			return path, err
+		}
+		if unmountErr := unmountAt(ctx, path, true, false); unmountErr != nil {
+			return "", fmt.Errorf("%w: %w", err, unmountErr)
+		}
+		log.Warnf("%s: a mount whose server had died was there, and is taken away", path)
+	}
+}
+
+// checkMountPoint returns the mount point's path without symbolic links. It does so with ErrStale, too, if the mount is one
+// of this program's.
 func checkMountPoint(ctx context.Context, dir string) (string, error) {
 	mounts, err := readMounts()
 	if err != nil {
@@ -322,7 +375,7 @@ func checkMountPoint(ctx context.Context, dir string) (string, error) {
 		if answers(ctx, path) {
 			return "", fmt.Errorf("%s: %w (%s)", path, ErrMounted, top.source)
 		}
-		return "", fmt.Errorf("%s: %w", path, ErrStale)
+		return path, fmt.Errorf("%s: %w", path, ErrStale)
 	}
 	info, err := os.Stat(path)
 	if errors.Is(err, unix.ENOTCONN) {

@@ -7,13 +7,12 @@ import (
 	"io"
 	stdfs "io/fs"
 	"os"
-	"sync"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
-	"github.com/sirupsen/logrus"
 
 	"qmchain/chain/repo"
 	"qmchain/fusefs/tree"
@@ -32,38 +31,17 @@ const (
 
 // fileSystem is what all nodes share.
 type fileSystem struct {
+	dir     string // where it is mounted
 	catalog *catalog
 	disks   *disks
-	log     logrus.FieldLogger
-
-	mu   sync.Mutex
-	said map[string]time.Time // see complain
-}
-
-// complainAgain is how long an error that repeats is not logged again: one bad cluster under a program that retries
-// must not fill the log.
-const complainAgain = time.Minute
-
-func (f *fileSystem) complain(what string, err error) {
-	text := what + ": " + err.Error()
-	now := time.Now()
-	f.mu.Lock()
-	last, ok := f.said[text]
-	if len(f.said) > 1000 {
-		clear(f.said)
-	}
-	again := !ok || now.Sub(last) > complainAgain
-	if again {
-		f.said[text] = now
-	}
-	f.mu.Unlock()
-	if again {
-		f.log.Error(text)
-	}
+	tables  *tables
+	stats   *stats
+	view    tree.View
+	log     *quietLog
 }
 
 // errno is what the kernel is told of an error. What the caller can't know the reason of is logged.
-func (f *fileSystem) errno(what string, err error) syscall.Errno {
+func (f *fileSystem) errno(in tree.Place, name string, err error) syscall.Errno {
 	switch {
 	case err == nil:
 		return 0
@@ -75,8 +53,12 @@ func (f *fileSystem) errno(what string, err error) syscall.Errno {
 		return syscall.ENOTCONN
 	case errors.Is(err, context.Canceled):
 		return syscall.EINTR
+	case errors.Is(err, repo.ErrLocked):
+		return syscall.EBUSY // for as long as a merge lasts below which nothing can be read
+	case errors.Is(err, errAway):
+		return syscall.EIO // which the log has been told of, once for all
 	}
-	f.complain(what, err)
+	f.log.error(placeFields(in), path(in, name)+": "+err.Error())
 	if errors.Is(err, stdfs.ErrPermission) {
 		return syscall.EACCES
 	}
@@ -114,6 +96,8 @@ var (
 	_ fs.NodeGetattrer     = (*node)(nil)
 	_ fs.NodeStatfser      = (*node)(nil)
 	_ fs.NodeSetattrer     = (*node)(nil)
+	_ fs.NodeGetxattrer    = (*node)(nil)
+	_ fs.NodeListxattrer   = (*node)(nil)
 	_ fs.NodeSetxattrer    = (*node)(nil)
 	_ fs.NodeRemovexattrer = (*node)(nil)
 )
@@ -121,12 +105,14 @@ var (
 // path is how the log calls the node.
 func (x *about) path() string { return path(x.in, x.n.Name) }
 
+func (x *about) errno(err error) syscall.Errno { return x.fsys.errno(x.in, x.n.Name, err) }
+
 // now is the node as it is now.
-func (x *about) now() (tree.Node, error) {
+func (x *about) now(ctx context.Context) (tree.Node, error) {
 	if x.n.Ino == tree.RootIno {
 		return x.fsys.catalog.root()
 	}
-	n, err := x.fsys.catalog.find(x.in, x.n.Name)
+	n, err := x.fsys.catalog.find(ctx, x.in, x.n.Name)
 	if err == nil && n.Ino == x.n.Ino {
 		return n, nil
 	}
@@ -136,15 +122,15 @@ func (x *about) now() (tree.Node, error) {
 	return tree.Node{}, err
 }
 
-func (x *node) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	n, err := x.now()
+func (x *node) Getattr(ctx context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	n, err := x.now(ctx)
 	if err != nil {
 		if x.n.Kind == tree.Dir {
-			return x.fsys.errno(x.path(), err)
+			return x.errno(err)
 		}
 		n = x.n // may still be open, and is read on through what is open
 	}
-	fillAttr(&out.Attr, n)
+	x.fsys.fillAttr(&out.Attr, n)
 	out.SetTimeout(timeout(n))
 	return 0
 }
@@ -152,11 +138,54 @@ func (x *node) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) sy
 // Statfs is that of the file system that the set is on.
 func (x *node) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
 	var st syscall.Statfs_t
-	if err := syscall.Statfs(x.fsys.catalog.set.Dir(), &st); err != nil {
-		return x.fsys.errno(x.fsys.catalog.set.Dir(), err)
+	if _, err := x.fsys.catalog.home.now(); err != nil {
+		return x.errno(err)
+	}
+	if err := syscall.Statfs(x.fsys.catalog.home.dir, &st); err != nil {
+		return x.errno(err)
 	}
 	out.FromStatfsT(&st)
 	return 0
+}
+
+func (x *node) Getxattr(_ context.Context, name string, dest []byte) (uint32, syscall.Errno) {
+	if !strings.HasPrefix(name, "user.") {
+		// ls -l asks for access lists and security labels of each file: three requests, until it learns that the whole mount
+		// has none.
+		return 0, syscall.ENOTSUP
+	}
+	if !strings.HasPrefix(name, tree.AttributePrefix) {
+		return 0, syscall.ENODATA
+	}
+	list, err := x.fsys.catalog.attributes(x.in, x.n)
+	if err != nil {
+		return 0, x.errno(err)
+	}
+	value, ok := list.Get(name)
+	if !ok {
+		return 0, syscall.ENODATA
+	}
+	return fit(dest, []byte(value))
+}
+
+func (x *node) Listxattr(_ context.Context, dest []byte) (uint32, syscall.Errno) {
+	list, err := x.fsys.catalog.attributes(x.in, x.n)
+	if err != nil {
+		return 0, x.errno(err)
+	}
+	var names []byte
+	for _, a := range list {
+		names = append(append(names, a.Name...), 0)
+	}
+	return fit(dest, names)
+}
+
+// fit answers who asks for the size first, with no room at all, and who has not enough, listxattr(2).
+func fit(dest, text []byte) (uint32, syscall.Errno) {
+	if len(text) > len(dest) {
+		return uint32(len(text)), syscall.ERANGE
+	}
+	return uint32(copy(dest, text)), 0
 }
 
 // The mount is read-only, so the kernel refuses what follows by itself, until somebody remounts it. go-fuse's own answers
@@ -187,15 +216,16 @@ func fileType(k tree.Kind) uint32 {
 	return syscall.S_IFREG
 }
 
-func fillAttr(out *fuse.Attr, n tree.Node) {
+func (f *fileSystem) fillAttr(out *fuse.Attr, n tree.Node) {
+	perm := f.view.Perm(n.Kind, n.Perm)
 	out.Ino = n.Ino
 	out.Size = uint64(n.Size)
 	out.Blocks = uint64(n.Blocks)
 	// go-fuse puts its own idea of Blocks in the place of ours where this is 0. Nothing else hangs on it.
 	out.Blksize = 4096
-	out.Mode = fileType(n.Kind) | uint32(n.Mode.Perm())
+	out.Mode = fileType(n.Kind) | uint32(perm.Mode.Perm())
 	out.Nlink = 1 // of folders too: the count of subfolders is not known, as 1 says to find(1)
-	out.Owner = fuse.Owner{Uid: n.UID, Gid: n.GID}
+	out.Owner = fuse.Owner{Uid: perm.UID, Gid: perm.GID}
 	out.SetTimes(&n.Time, &n.Time, &n.Time)
 }
 
@@ -218,9 +248,12 @@ var (
 
 func (x *folder) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	place := x.n.Place
-	n, err := x.fsys.catalog.find(place, name)
+	if name == statsName && place == (tree.Place{}) {
+		return x.lookupStats(ctx, out), 0
+	}
+	n, err := x.fsys.catalog.find(ctx, place, name)
 	if err != nil {
-		return nil, x.fsys.errno(path(place, name), err)
+		return nil, x.fsys.errno(place, name, err)
 	}
 	base := about{x.fsys, place, n}
 	var child fs.InodeEmbedder
@@ -234,17 +267,17 @@ func (x *folder) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*
 	default:
 		child = &file{node{about: base}}
 	}
-	fillAttr(&out.Attr, n)
+	x.fsys.fillAttr(&out.Attr, n)
 	out.SetAttrTimeout(timeout(n))
 	out.SetEntryTimeout(timeout(n))
 	// go-fuse finds a node that it already has by its inode number, and drops this one then.
 	return x.NewInode(ctx, child, fs.StableAttr{Mode: fileType(n.Kind), Ino: n.Ino}), 0
 }
 
-func (x *folder) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
-	nodes, err := x.fsys.catalog.list(x.n.Place)
+func (x *folder) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
+	nodes, err := x.fsys.catalog.list(ctx, x.n.Place)
 	if err != nil {
-		return nil, x.fsys.errno(x.path(), err)
+		return nil, x.errno(err)
 	}
 	entries := make([]fuse.DirEntry, 0, len(nodes)+2)
 	entries = append(entries,
@@ -292,10 +325,10 @@ type link struct{ node }
 
 var _ fs.NodeReadlinker = (*link)(nil)
 
-func (x *link) Readlink(context.Context) ([]byte, syscall.Errno) {
-	n, err := x.now()
+func (x *link) Readlink(ctx context.Context) ([]byte, syscall.Errno) {
+	n, err := x.now(ctx)
 	if err != nil {
-		return nil, x.fsys.errno(x.path(), err)
+		return nil, x.errno(err)
 	}
 	return []byte(n.Target), 0
 }
@@ -311,7 +344,7 @@ func (x *file) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 	}
 	f, err := x.open()
 	if err != nil {
-		return nil, 0, x.fsys.errno(x.path(), err)
+		return nil, 0, x.errno(err)
 	}
 	// The kernel's cache is not kept: a manifest can be written again, with a note for one.
 	return &fileHandle{f, x}, fuse.FOPEN_NOFLUSH, 0
@@ -352,8 +385,9 @@ var (
 func (h *fileHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	n, err := h.f.ReadAt(dest, off)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, h.node.fsys.errno(h.node.path(), err)
+		return nil, h.node.errno(err)
 	}
+	h.node.fsys.stats.read(kindFile, n)
 	return fuse.ReadResultData(dest[:n]), 0
 }
 
@@ -362,7 +396,7 @@ func (h *fileHandle) Release(context.Context) syscall.Errno {
 	return 0
 }
 
-// disk is a disk of a point.
+// disk is a disk of a point, or a partition of one.
 type disk struct{ node }
 
 var _ fs.NodeOpener = (*disk)(nil)
@@ -371,42 +405,61 @@ func (x *disk) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 	if flags&syscall.O_ACCMODE != syscall.O_RDONLY || flags&syscall.O_TRUNC != 0 {
 		return nil, 0, syscall.EROFS
 	}
+	x.fsys.disks.handles.Add(1)
 	o, err := x.fsys.disks.acquire(x.in, x.n.Disk)
-	if errors.Is(err, repo.ErrLocked) {
-		return nil, 0, syscall.EBUSY // for as long as a merge lasts below which nothing can be read
-	}
 	if err != nil {
-		if !errors.Is(err, errGone) && !errors.Is(err, errUnmounted) {
-			// Also where a layer is missing, which must not look like a disk that isn't there.
-			x.fsys.complain(fmt.Sprintf("point %s/%s: disk %s can't be opened", x.in.Guest, x.in.Point, x.n.Disk), err)
-			return nil, 0, syscall.EIO
+		x.fsys.disks.handles.Add(-1)
+		if passes(err) {
+			return nil, 0, x.errno(err)
 		}
-		return nil, 0, x.fsys.errno(x.path(), err)
+		// Also where a layer is missing, which must not look like a disk that isn't there.
+		x.complain("can't be opened", err)
+		return nil, 0, syscall.EIO
+	}
+	h := &diskHandle{open: o, data: o, kind: kindDisk, node: x}
+	if p := x.n.Partition; p != nil {
+		h.data, h.kind = section{o, p.Offset, p.Size}, kindPartition
+	} else {
+		h.file = o.file()
 	}
 	// What the kernel has of a disk stays right for good: another content would be another point, and inode. There is
 	// nothing to flush.
-	return &diskHandle{open: o, node: x}, fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH, 0
+	return h, fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH, 0
+}
+
+// passes tells whether a disk can't be opened for a reason that is not its own.
+func passes(err error) bool {
+	return errors.Is(err, errGone) || errors.Is(err, errUnmounted) || errors.Is(err, errAway) || errors.Is(err, repo.ErrLocked)
+}
+
+func (x *disk) complain(what string, err error) {
+	x.fsys.log.error(diskFields(x.in, x.n.Disk), fmt.Sprintf("point %s/%s: disk %s %s: %v", x.in.Guest, x.in.Point, x.n.Disk, what, err))
 }
 
 type diskHandle struct {
 	open  *openDisk
+	data  data // the disk, or the part of it that the node is
+	kind  readKind
 	node  *disk
+	file  *os.File // that the disk is, if the kernel may read that itself
 	holes holes
 }
 
 var (
-	_ fs.FileReader   = (*diskHandle)(nil)
-	_ fs.FileLseeker  = (*diskHandle)(nil)
-	_ fs.FileReleaser = (*diskHandle)(nil)
+	_ fs.FileReader          = (*diskHandle)(nil)
+	_ fs.FileLseeker         = (*diskHandle)(nil)
+	_ fs.FileReleaser        = (*diskHandle)(nil)
+	_ fs.FilePassthroughFder = (*diskHandle)(nil)
 )
 
 // Read reads into go-fuse's own buffer, and all of it or nothing: the kernel takes less for the end of the file, and
 // would cut it off there. After an error in a long read-ahead it comes back for the page that is needed.
 func (h *diskHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	n, err := h.open.img.ReadAt(dest, off)
+	n, err := h.data.ReadAt(dest, off)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, h.errno("read", err)
+		return nil, h.errno("can't be read", err)
 	}
+	h.node.fsys.stats.read(h.kind, n)
 	return fuse.ReadResultData(dest[:n]), 0
 }
 
@@ -419,10 +472,10 @@ func (h *diskHandle) Lseek(ctx context.Context, off uint64, whence uint32) (uint
 	if whence != seekData && whence != seekHole {
 		return 0, syscall.EINVAL
 	}
-	pos, ok, err := h.holes.seek(ctx, h.open.img, int64(min(off, 1<<62)), whence == seekData)
+	pos, ok, err := h.holes.seek(ctx, h.data, int64(min(off, 1<<62)), whence == seekData)
 	switch {
 	case err != nil:
-		return 0, h.errno("find holes", err)
+		return 0, h.errno("can't be looked through for holes", err)
 	case !ok:
 		return 0, syscall.ENXIO
 	}
@@ -433,11 +486,24 @@ func (h *diskHandle) errno(what string, err error) syscall.Errno {
 	if errors.Is(err, context.Canceled) {
 		return syscall.EINTR
 	}
-	h.node.fsys.complain(fmt.Sprintf("point %s/%s: disk %s: %s", h.node.in.Guest, h.node.in.Point, h.node.n.Disk, what), err)
+	h.node.complain(what, err)
 	return syscall.EIO
 }
 
+// PassthroughFd has the kernel read the file without us, from Linux 6.9 on and as root. Otherwise go-fuse goes on without,
+// and says nothing.
+func (h *diskHandle) PassthroughFd() (int, bool) {
+	if h.file == nil {
+		return 0, false
+	}
+	return int(h.file.Fd()), true
+}
+
 func (h *diskHandle) Release(context.Context) syscall.Errno {
+	if h.file != nil {
+		_ = h.file.Close() // nothing was written
+	}
 	h.node.fsys.disks.release(h.open)
+	h.node.fsys.disks.handles.Add(-1)
 	return 0
 }

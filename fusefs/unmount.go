@@ -167,7 +167,9 @@ func (m *Mounted) stop(err error) {
 		}
 		select {
 		case <-m.served:
-			m.fsys.disks.end()
+			if !m.fsys.end() && err == nil {
+				err = ErrHangs
+			}
 		default: // a request may still be using them
 		}
 		m.closeFD()
@@ -269,12 +271,15 @@ func (m *Mounted) awaitGone() error {
 // ErrNotMounted means that no repository is mounted there.
 var ErrNotMounted = errors.New("no repository is mounted there")
 
+// autofsType is the type of what systemd has at an automount point: x-systemd.automount in fstab.
+const autofsType = "autofs"
+
 // serverLimit is how long Unmount waits for the server to be gone.
 const serverLimit = 15 * time.Second
 
-// Unmount unmounts the repository at dir, whoever serves it, and waits until its server is gone. Lazy detaches a mount that
-// is in use; its server then ends with the last use, which is not waited for. It wraps ErrNotMounted, ErrBusy, or what the
-// system says. A mount whose server is dead is unmounted like any other.
+// Unmount unmounts the repository at dir, whoever serves it, and waits until its server is gone, but not at an automount
+// point. Lazy detaches a mount that is in use; its server then ends with the last use, which is not waited for. It wraps
+// ErrNotMounted, ErrBusy, or what the system says. A mount whose server is dead is unmounted like any other.
 func Unmount(ctx context.Context, dir string, lazy bool) error {
 	mounts, err := readMounts()
 	if err != nil {
@@ -295,6 +300,12 @@ func Unmount(ctx context.Context, dir string, lazy bool) error {
 	}
 	if lazy {
 		return nil
+	}
+	if mounts, err = readMounts(); err != nil {
+		return err
+	}
+	if top, ok := topMount(mounts, path); ok && top.fsType == autofsType {
+		return nil // to open the place would have it mounted again
 	}
 	place, err := lockPlace(ctx, path, serverLimit)
 	if err != nil {

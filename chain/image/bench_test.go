@@ -9,6 +9,7 @@ import (
 
 	"qmchain/chain/image"
 	"qmchain/chain/image/imagetest"
+	"qmchain/chain/virtnbd/streamtest"
 )
 
 const benchSize = 128 << 20
@@ -117,4 +118,26 @@ func BenchmarkCompressed(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkStream reads at random a stream that virtnbdbackup has compressed in packs of 32 MiB, where each block refers to
+// those before it.
+func BenchmarkStream(b *testing.B) {
+	const size = 128 << 20
+	rnd := rand.New(rand.NewPCG(1, 1))
+	s := streamtest.Stream{Size: size, Compress: true, Limit: 32 << 20, Frames: []streamtest.Frame{{Off: 0, Data: imagetest.Random(rnd, size)}}}
+	path := filepath.Join(b.TempDir(), "stream")
+	if err := os.WriteFile(path, s.Bytes(), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	img := open(b, image.NewPool(image.PoolOptions{}), layerOf(path, image.Stream))
+	sequential(b, "seq1M", img)
+	b.Run("rand4k", func(b *testing.B) {
+		buf := make([]byte, 4096)
+		for b.Loop() {
+			if _, err := img.ReadAt(buf, rnd.Int64N(size-4096)&^4095); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -57,7 +58,8 @@ type file struct {
 	// refs is the number of reads in progress, or notOpen.
 	refs atomic.Int64
 	used atomic.Bool
-	fd   int // valid while refs >= 0
+	slow atomic.Bool // the file system knows no RWF_NOWAIT
+	fd   int         // valid while refs >= 0
 
 	listed bool // in files.open; guarded by files.mu
 }
@@ -95,6 +97,38 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 		err = fmt.Errorf("%s: read at %d: %w", f.name, off, err)
 	}
 	return n, err
+}
+
+// readNow reads what of p is in the kernel's cache, from the beginning of p on, and has
+// the kernel read ahead the rest. On file systems that can't do this it reads nothing.
+func (f *file) readNow(p []byte, off int64) int {
+	if f.slow.Load() {
+		return 0
+	}
+	fd, err := f.acquire()
+	if err != nil {
+		return 0
+	}
+	defer f.release()
+	n, err := unix.Preadv2(fd, [][]byte{p}, off, unix.RWF_NOWAIT)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		f.slow.Store(true)
+	}
+	return max(0, n)
+}
+
+// dup returns the open file, with a descriptor of its own.
+func (f *file) dup() (*os.File, error) {
+	fd, err := f.acquire()
+	if err != nil {
+		return nil, err
+	}
+	defer f.release()
+	again, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.name, err)
+	}
+	return os.NewFile(uintptr(again), f.path), nil
 }
 
 // seek returns the next data (unix.SEEK_DATA) or hole (unix.SEEK_HOLE) from off

@@ -50,11 +50,13 @@ type group struct {
 var emptyGroup = &group{}
 
 // first returns the index of the first extent that ends behind off.
-func (g *group) first(off uint32) int {
-	lo, hi := 0, len(g.extents)
+func (g *group) first(off uint32) int { return firstExtent(g.extents, off) }
+
+func firstExtent(list []extent, off uint32) int {
+	lo, hi := 0, len(list)
 	for lo < hi {
 		mid := int(uint(lo+hi) >> 1)
-		if g.extents[mid].end() > off {
+		if list[mid].end() > off {
 			hi = mid
 		} else {
 			lo = mid + 1
@@ -81,41 +83,37 @@ func add(list []extent, e extent) []extent {
 // overlay appends to dst what is seen of below when over lies on it, up to limit.
 // Zeroes in over hide what is below and leave a gap.
 func overlay(dst, below, over []extent, limit uint32) []extent {
-	var rest extent // what is left of the extent of below in hand
-	next := func() bool {
-		if len(below) == 0 || below[0].off >= limit {
-			return false
-		}
-		rest, below = below[0], below[1:]
-		if rest.end() > limit {
-			rest = rest.until(limit)
-		}
-		return true
-	}
-	more := next()
+	at := uint32(0)
 	for _, o := range over {
-		for more && rest.end() <= o.off {
-			dst = add(dst, rest)
-			more = next()
-		}
-		if more && rest.off < o.off {
-			dst = add(dst, rest.until(o.off))
-		}
-		for more && rest.end() <= o.end() {
-			more = next()
-		}
-		if more && rest.off < o.end() {
-			rest = rest.from(o.end())
-		}
+		dst, below = part(dst, below, at, min(o.off, limit))
 		if o.kind() != kindZero {
 			dst = add(dst, o)
 		}
+		at = o.end()
 	}
-	for more {
-		dst = add(dst, rest)
-		more = next()
-	}
+	dst, _ = part(dst, below, at, limit)
 	return dst
+}
+
+// part appends to dst what is between from and to in list, and returns what of the
+// list is not used up by that. Usually a layer changes little of what is below it:
+// long stretches are copied as they are.
+func part(dst, list []extent, from, to uint32) (longer, rest []extent) {
+	if from >= to {
+		return dst, list
+	}
+	list = list[firstExtent(list, from):]
+	n := firstExtent(list, to) // the first that ends behind
+	if n > 0 {
+		e := list[0]
+		dst = add(dst, e.from(max(e.off, from)))
+		dst = append(dst, list[1:n]...) // neighbours in a list don't join
+	}
+	if n < len(list) && list[n].off < to {
+		e := list[n]
+		dst = add(dst, e.from(max(e.off, from)).until(to))
+	}
+	return dst, list[n:]
 }
 
 // node is a chain: a layer and the node of the layers below it. Images whose

@@ -16,9 +16,10 @@
 //     and so the open files, the maps and the decompressed clusters.
 //
 // A read looks up its group's map (a binary search over extents), and does one
-// pread for each piece of file it needs, however many layers there are. What is
-// compressed is decompressed whole, a cluster or a piece of a stream, and kept for
-// a while.
+// pread for each piece of file it needs, however many layers there are. Of several
+// pieces those that the kernel has in memory come first, while it gets the others from
+// the disk all at once. What is compressed is decompressed whole, a cluster or a piece
+// of a stream, by several goroutines where it is many, and kept for a while.
 package image
 
 import (
@@ -26,6 +27,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"os"
 
 	"qmchain/chain/qcow2"
 	"qmchain/chain/virtnbd"
@@ -50,6 +52,13 @@ type Image interface {
 	Extents(off, length int64) ([]Extent, error)
 
 	Close() error
+}
+
+// Filer is an image that may be one raw file, byte for byte.
+type Filer interface {
+	// File returns that file, for the caller to close, or nil if the image is more or
+	// less than one file. Who reads it himself does not learn that it has changed.
+	File() (*os.File, error)
 }
 
 // Extent is a range of a disk, in bytes.

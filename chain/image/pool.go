@@ -21,10 +21,11 @@ type PoolOptions struct {
 // clusters. It holds nothing once all its images are closed.
 type Pool struct {
 	files    *files
-	groups   *cache[*group]         // by node and group
-	runs     *cache[[]qcow2.Run]    // by layer and span
-	clusters *cache[[]byte]         // by layer and guest cluster, decompressed
-	pieces   *cache[*virtnbd.Piece] // by layer and guest offset, decompressed
+	groups   *cache[*group]           // by node and group
+	runs     *cache[[]qcow2.Run]      // by layer and span
+	clusters *cache[[]byte]           // by layer and guest cluster, decompressed
+	pieces   *cache[*virtnbd.Piece]   // by layer and guest offset, decompressed
+	restarts *cache[*virtnbd.Restart] // by layer and guest offset of the piece that they are for
 
 	decoder *qcow2.Decoder
 	streams virtnbd.Decoder
@@ -38,6 +39,10 @@ type Pool struct {
 	layers map[layerKey]*layer
 	nodes  map[nodeKey]*node
 }
+
+// runsShare is the part of MaxMeta for what single layers hold. That is only needed until
+// the groups of one span are resolved, while groups are needed for each read.
+const runsShare = 16
 
 type nodeKey struct {
 	parent *node
@@ -55,13 +60,14 @@ func NewPool(opts PoolOptions) *Pool {
 	if opts.MaxClusters <= 0 {
 		opts.MaxClusters = 32 << 20
 	}
-	cpus := runtime.GOMAXPROCS(0)
+	cpus := runtime.NumCPU()
 	p := &Pool{
 		files:    newFiles(opts.MaxFiles),
-		groups:   newCache[*group](opts.MaxMeta / 2),
-		runs:     newCache[[]qcow2.Run](opts.MaxMeta / 2),
+		groups:   newCache[*group](opts.MaxMeta - opts.MaxMeta/runsShare),
+		runs:     newCache[[]qcow2.Run](opts.MaxMeta / runsShare),
 		clusters: newCache[[]byte](opts.MaxClusters),
-		pieces:   newCache[*virtnbd.Piece](opts.MaxClusters),
+		pieces:   newCache[*virtnbd.Piece](opts.MaxClusters / 2),
+		restarts: newCache[*virtnbd.Restart](opts.MaxClusters / 2),
 		decoder:  qcow2.NewDecoder(cpus),
 		helpers:  make(chan struct{}, cpus),
 		layers:   map[layerKey]*layer{},
@@ -238,6 +244,7 @@ func (p *Pool) drop(layers []*layer, nodes []*node) {
 		p.runs.drop(ids)
 		p.clusters.drop(ids)
 		p.pieces.drop(ids)
+		p.restarts.drop(ids)
 	}
 	clear(ids)
 	for _, n := range nodes {

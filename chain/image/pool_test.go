@@ -426,7 +426,7 @@ func TestCorruptCluster(t *testing.T) {
 	if err != nil || len(list) != 1 || list[0].Zero {
 		t.Errorf("extents %v, %v", list, err)
 	}
-	build(t, top, 16, 1<<20, []int64{3, 5}, func(int) []byte { return []byte(strings.Repeat("\x05", cluster)) })
+	imagetest.Build(t, top, 16, 1<<20, []int64{3, 5}, func(int) []byte { return []byte(strings.Repeat("\x05", cluster)) })
 	img = open(t, pool, layerOf(path, image.Qcow2), layerOf(top, image.Qcow2))
 	if b := read(t, img); strings.Trim(string(b), "\x05") != "" {
 		t.Error("wrong bytes with the corrupt clusters hidden")
@@ -505,7 +505,7 @@ func TestMemory(t *testing.T) {
 			guest = append(guest, g)
 		}
 	}
-	build(t, path, 16, size, guest, func(i int) []byte { return nil })
+	imagetest.Build(t, path, 16, size, guest, func(i int) []byte { return nil })
 	heap := func() int64 {
 		var m runtime.MemStats
 		runtime.GC()

@@ -3,6 +3,7 @@ package image
 import (
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -22,7 +23,10 @@ type layered struct {
 	closed bool
 }
 
-var _ Image = (*layered)(nil)
+var (
+	_ Image = (*layered)(nil)
+	_ Filer = (*layered)(nil)
+)
 
 func (m *layered) Size() int64 { return m.size }
 
@@ -36,6 +40,19 @@ func (m *layered) Close() error {
 	m.pool.release(m.top)
 	m.top, m.chain = nil, nil
 	return nil
+}
+
+func (m *layered) File() (*os.File, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, ErrClosed
+	}
+	base := m.chain[0]
+	if len(m.chain) > 1 || base.disk != nil || m.size != base.key.stamp.size {
+		return nil, nil
+	}
+	return base.file.dup()
 }
 
 func (m *layered) ReadAt(p []byte, off int64) (int, error) {
@@ -78,47 +95,86 @@ func (m *layered) ReadAt(p []byte, off int64) (int, error) {
 // error it returns how many bytes are good.
 func (m *layered) readGroup(p []byte, g *group, base int64, from uint32) (int, error) {
 	to := from + uint32(len(p))
-	first := g.first(from)
-	at := from // up to where p is filled, but for compressed clusters
+	list := g.extents[g.first(from):]
+	list = list[:lead(list, to)]
+	if len(list) == 1 && list[0].off <= from && to <= list[0].end() {
+		return m.readOne(p, list[0], base, from)
+	}
+	var room [32]waiting
+	late := room[:0] // what the kernel has to get from the disk
 	packed := 0
-	last := first
-	for ; last < len(g.extents) && g.extents[last].off < to; last++ {
-		e := g.extents[last]
+	at := from // up to where p is filled, but for what is late or packed
+	var bad error
+	for i, e := range list {
 		start, end := max(e.off, from), min(e.end(), to)
 		clear(p[at-from : start-from])
 		at = end
-		var err error
 		switch e.kind() {
 		case kindData:
-			err = m.chain[e.layer].read(p[start-from:end-from], e.host+int64(start-e.off))
+			part := p[start-from : end-from]
+			// The first turn takes what the kernel has in memory, and has it begin to
+			// read the rest, which may be in many files: all at once.
+			if n := m.chain[e.layer].readNow(part, e.host+int64(start-e.off)); n < len(part) {
+				late = append(late, waiting{e, start + uint32(n), end})
+			}
 		case kindCompressed:
 			packed++
 		case kindInvalid:
-			err = m.invalid(e, base)
+			bad = m.invalid(e, base)
 		}
-		if err != nil {
-			// What is compressed before this is not yet there.
-			if packed > 0 {
-				good, perr := m.unpack(p[:start-from], g.extents[first:last], packed, base, from)
-				if perr != nil {
-					return good, perr
-				}
-			}
-			return int(start - from), err
+		if bad != nil {
+			list, to = list[:i], start
+			break
 		}
 	}
-	clear(p[at-from:])
-	if packed == 0 {
-		return len(p), nil
+	if bad == nil {
+		clear(p[at-from:])
 	}
-	if e := g.extents[first]; packed == 1 && last == first+1 && e.off <= from && to <= e.end() {
-		// The usual small read: nothing to share out.
-		if err := m.cluster(p, e, base+int64(from)); err != nil {
-			return 0, err
+	for _, w := range late {
+		if err := m.chain[w.layer].read(p[w.from-from:w.to-from], w.host+int64(w.from-w.off)); err != nil {
+			bad, to = err, w.from
+			break
 		}
-		return len(p), nil
 	}
-	return m.unpack(p, g.extents[first:last], packed, base, from)
+	if packed > 0 {
+		// What is compressed before an error counts.
+		if good, err := m.unpack(p[:to-from], list[:lead(list, to)], packed, base, from); err != nil {
+			return good, err
+		}
+	}
+	return int(to - from), bad
+}
+
+// waiting is the part of a data extent that is still to be read.
+type waiting struct {
+	extent
+	from, to uint32 // from the group's start
+}
+
+// lead returns how many extents of the list begin before off.
+func lead(list []extent, off uint32) int {
+	n := firstExtent(list, off)
+	if n < len(list) && list[n].off < off {
+		n++
+	}
+	return n
+}
+
+// readOne reads p, all of which is in the extent e: the usual small read.
+func (m *layered) readOne(p []byte, e extent, base int64, from uint32) (int, error) {
+	var err error
+	switch e.kind() {
+	case kindData:
+		err = m.chain[e.layer].read(p, e.host+int64(from-e.off))
+	case kindCompressed:
+		err = m.cluster(p, e, base+int64(from))
+	case kindInvalid:
+		err = m.invalid(e, base)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // invalid says what is wrong with the extent e of the group at base.
@@ -269,23 +325,37 @@ func (m *layered) pack(l *layer, p []byte, off int64) error {
 	return nil
 }
 
-// piece returns the n-th piece of a pack, decompressed. It is made from the one
-// before it, as that is from its own: what is in the cache shortens the way.
+// piece returns the n-th piece of a pack, decompressed, which takes the end of the one
+// before it.
 func (p *Pool) piece(l *layer, run qcow2.Run, n int64) (*virtnbd.Piece, error) {
 	k := key{l.id, run.Off + n*virtnbd.PieceSize}
 	return p.pieces.load(k, func() (*virtnbd.Piece, int64, error) {
-		var prev *virtnbd.Piece
+		var from *virtnbd.Restart
 		if n > 0 {
 			var err error
-			if prev, err = p.piece(l, run, n-1); err != nil {
+			if from, err = p.restart(l, run, n); err != nil {
 				return nil, 0, err
 			}
 		}
-		piece, err := p.streams.Piece(l.stream, run, n, prev)
+		piece, err := p.streams.Piece(l.stream, run, n, from)
 		if err != nil {
 			return nil, 0, err
 		}
 		return piece, piece.Bytes(), nil
+	})
+}
+
+// restart returns what the n-th piece of a pack needs of those before it. Many of these
+// can be kept: without, a read at random has to begin at the beginning of the pack.
+func (p *Pool) restart(l *layer, run qcow2.Run, n int64) (*virtnbd.Restart, error) {
+	k := key{l.id, run.Off + n*virtnbd.PieceSize}
+	return p.restarts.load(k, func() (*virtnbd.Restart, int64, error) {
+		before, err := p.piece(l, run, n-1)
+		if err != nil {
+			return nil, 0, err
+		}
+		r := before.Restart()
+		return r, r.Bytes(), nil
 	})
 }
 

@@ -1,26 +1,20 @@
 package qcow2
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 )
 
 // Decoder decompresses clusters. One is enough for any number of images and
 // goroutines; it keeps its buffers between calls.
 type Decoder struct {
-	zstd     *zstd.Decoder
-	inflates sync.Pool // *inflate
-}
-
-type inflate struct {
-	src bytes.Reader
-	out io.ReadCloser // is a flate.Resetter too
+	zstd      *zstd.Decoder
+	outputs   sync.Pool // *[]byte, for zstd
+	inflaters sync.Pool // *inflater
 }
 
 // maxWindow is the zstd window that QEMU's decoder accepts (the library's default).
@@ -65,45 +59,36 @@ var (
 )
 
 func (d *Decoder) inflate(dst, src []byte) error {
-	f, _ := d.inflates.Get().(*inflate)
-	if f == nil {
-		f = &inflate{}
-		f.out = flate.NewReader(&f.src)
+	z, _ := d.inflaters.Get().(*inflater)
+	if z == nil {
+		z = &inflater{}
 	}
-	defer func() {
-		f.src.Reset(nil) // don't keep the caller's buffer alive
-		d.inflates.Put(f)
-	}()
-	f.src.Reset(src)
-	if err := f.out.(flate.Resetter).Reset(&f.src, nil); err != nil {
-		return err
-	}
-	if _, err := io.ReadFull(f.out, dst); err != nil {
-		if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-			return errTooShort
-		}
-		return err
-	}
-	var more [1]byte
-	switch n, err := io.ReadFull(f.out, more[:]); {
-	case n > 0:
-		return errTooLong
-	case !errors.Is(err, io.EOF):
-		return err
-	}
-	return nil
+	defer d.inflaters.Put(z)
+	return z.inflate(dst, src)
 }
+
+// zstdSlack is how much room behind the output lets the library copy 16 bytes at a
+// time, which saves more than the copy of the cluster that it takes to have it.
+const zstdSlack = 16
 
 // unzstd decompresses frame by frame: DecodeAll takes all of its input for
 // frames, but what follows the last one here is another cluster or nothing.
 func (d *Decoder) unzstd(dst, src []byte) error {
+	buf, _ := d.outputs.Get().(*[]byte)
+	if buf == nil {
+		buf = new([]byte)
+	}
+	defer d.outputs.Put(buf)
+	if cap(*buf) < len(dst)+zstdSlack {
+		*buf = make([]byte, 0, len(dst)+zstdSlack)
+	}
 	n := 0
 	for n < len(dst) {
 		frame, err := zstdFrame(src)
 		if err != nil {
 			return err
 		}
-		out, err := d.zstd.DecodeAll(src[:frame], dst[n:n:len(dst)])
+		out, err := d.zstd.DecodeAll(src[:frame], (*buf)[:0:len(dst)-n+zstdSlack])
 		if errors.Is(err, zstd.ErrDecoderSizeExceeded) {
 			return errTooLong
 		}
@@ -113,7 +98,6 @@ func (d *Decoder) unzstd(dst, src []byte) error {
 		if len(out) > len(dst)-n {
 			return errTooLong
 		}
-		// Usually they are there already.
 		n += copy(dst[n:], out)
 		src = src[frame:]
 	}

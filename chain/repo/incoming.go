@@ -233,17 +233,17 @@ func isZero(p []byte) bool {
 }
 
 // WriteGuestFile stores a file that is needed to make the guest again.
-func (in *Incoming) WriteGuestFile(name string, data []byte) error {
+func (p *Partial) WriteGuestFile(name string, data []byte) error {
 	if err := CheckGuestFile(name); err != nil {
 		return err
 	}
-	dir := filepath.Join(in.Dir, GuestFilesFolder)
+	dir := filepath.Join(p.Dir, GuestFilesFolder)
 	if !exists(dir) {
-		if err := in.guest.Repo.FS.Mkdir(dir, dirMode); err != nil {
+		if err := p.guest.Repo.FS.Mkdir(dir, dirMode); err != nil {
 			return err
 		}
 	}
-	return in.guest.Repo.FS.WriteFile(filepath.Join(dir, name), data, fileMode)
+	return p.guest.Repo.FS.WriteFile(filepath.Join(dir, name), data, fileMode)
 }
 
 // CheckGuestFile says what is wrong with the name of a file in GuestFilesFolder.

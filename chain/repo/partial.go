@@ -115,8 +115,12 @@ func (g *Guest) Strays() ([]string, error) {
 	for _, e := range entries {
 		name, _, _ := strings.Cut(e.Name(), ".")
 		id, err := chain.ParseID(name)
-		if err == nil && (g.known(id) || g.known(id) || !exists(filepath.Join(g.ImagesDir(), e.Name()))) {
-			continue // looked at twice, as a folder that is renamed meanwhile can be missed at both names
+		if err == nil && g.known(id) || !exists(filepath.Join(g.ImagesDir(), e.Name())) {
+			continue
+		}
+		// A folder that is renamed meanwhile can be missed at both names.
+		if err == nil && g.known(id) {
+			continue
 		}
 		strays = append(strays, e.Name())
 	}

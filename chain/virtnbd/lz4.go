@@ -2,6 +2,7 @@ package virtnbd
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -112,6 +113,22 @@ type Piece struct {
 // Bytes is how much memory a piece takes.
 func (p *Piece) Bytes() int64 { return int64(len(p.whole)) }
 
+// Restart is what is needed of a piece to go on with the one behind it: much less than
+// the piece itself.
+type Restart struct {
+	head    packHeader
+	history []byte
+	next    int64
+}
+
+// Restart returns what is needed for the piece behind p.
+func (p *Piece) Restart() *Restart {
+	return &Restart{head: p.head, history: bytes.Clone(p.whole[len(p.whole)-history:]), next: p.next}
+}
+
+// Bytes is how much memory a restart takes.
+func (r *Restart) Bytes() int64 { return int64(len(r.history)) }
+
 // Decoder decompresses pieces. One is enough for any number of streams and
 // goroutines; it keeps its buffers between calls.
 type Decoder struct {
@@ -123,19 +140,19 @@ type buffer struct {
 	block []byte
 }
 
-// Piece decompresses the n-th piece of a Compressed run that s.Map has returned. prev
-// is the piece before it, nil for the first. Blocks are checked by their check sums if
+// Piece decompresses the n-th piece of a Compressed run that s.Map has returned. from
+// is the Restart of the piece before it, nil for the first. Blocks are checked by their check sums if
 // they have any, as virtnbdbackup's do. A pack that can't be decompressed, or is not as
 // long as it should be, is ErrCorrupt.
-func (d *Decoder) Piece(s *Stream, run qcow2.Run, n int64, prev *Piece) (*Piece, error) {
+func (d *Decoder) Piece(s *Stream, run qcow2.Run, n int64, from *Restart) (*Piece, error) {
 	start := n * PieceSize
-	if n < 0 || start >= run.Len || (n == 0) != (prev == nil) {
+	if n < 0 || start >= run.Len || (n == 0) != (from == nil) {
 		return nil, fmt.Errorf("piece %d of %d bytes", n, run.Len)
 	}
 	end := run.Host + int64(run.Bytes)
 	p := &Piece{whole: make([]byte, history+min(PieceSize, run.Len-start))}
 	p.Data = p.whole[history:]
-	if prev == nil {
+	if from == nil {
 		h, err := s.readPackHeader(run.Host, int64(run.Bytes))
 		if err != nil {
 			return nil, err
@@ -145,8 +162,8 @@ func (d *Decoder) Piece(s *Stream, run qcow2.Run, n int64, prev *Piece) (*Piece,
 		}
 		p.head, p.next = h, run.Host+int64(h.length)
 	} else {
-		p.head, p.next = prev.head, prev.next
-		copy(p.whole, prev.whole[len(prev.whole)-history:])
+		p.head, p.next = from.head, from.next
+		copy(p.whole, from.history)
 	}
 	b, _ := d.buffers.Get().(*buffer)
 	if b == nil {

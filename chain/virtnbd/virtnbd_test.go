@@ -54,12 +54,14 @@ func read(parent, file []byte) ([]byte, error) {
 			case qcow2.Data:
 				copy(to, file[r.Host:])
 			case qcow2.Compressed:
-				var prev *virtnbd.Piece
+				var from *virtnbd.Restart
 				for n := int64(0); n*virtnbd.PieceSize < r.Len; n++ {
-					if prev, err = d.Piece(s, r, n, prev); err != nil {
+					piece, err := d.Piece(s, r, n, from)
+					if err != nil {
 						return nil, err
 					}
-					copy(to[n*virtnbd.PieceSize:], prev.Data)
+					copy(to[n*virtnbd.PieceSize:], piece.Data)
+					from = piece.Restart()
 				}
 			}
 		}

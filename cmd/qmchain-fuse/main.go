@@ -3,10 +3,12 @@ package main
 
 import (
 	"errors"
+	"os"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/conf"
 	"qmchain/fusefs"
 	"qmchain/internal/ui"
 )
@@ -15,6 +17,10 @@ type grammar struct {
 	cli.Common
 	Mount  mountCmd  `cmd:"" help:"Mount a repository, or a directory of qmpbackup or virtnbdbackup. Returns when the mount answers."`
 	Umount umountCmd `cmd:"" help:"Unmount a repository, and wait until its server has ended."`
+	Files  filesCmd  `cmd:"" help:"Mount the files in a point's disks, read-only. Returns when they are there."`
+	Ls     lsCmd     `cmd:"" help:"List files in a point's disks, or the volumes that there are on them."`
+	Cat    catCmd    `cmd:"" help:"Write files in a point's disks to standard output."`
+	Cp     cpCmd     `cmd:"" help:"Copy files and folders out of a point's disks."`
 }
 
 func program() cli.Program {
@@ -22,15 +28,20 @@ func program() cli.Program {
 	return cli.Program{
 		Name: "qmchain-fuse",
 		Description: "Shows every point of every guest in a repository, or in a directory that qmpbackup or virtnbdbackup has written to: " +
-			"MNT/GUEST/POINT/DISK.raw, and MNT/GUEST/latest. The images are read-only; new points appear by themselves.",
+			"MNT/GUEST/POINT/DISK.raw, DISK-part1.raw for its first partition, and MNT/GUEST/latest. The images are read-only; new points " +
+			"appear by themselves.",
 		Grammar: &g,
 		Common:  &g.Common,
 		Bind:    []any{&g.Common},
+		Scope:   conf.Scope{"fuse": {"mount", "files"}},
 		Explain: explain,
 	}
 }
 
-func main() { cli.Main(program()) }
+func main() {
+	os.Args = helperArgs(os.Args)
+	cli.Main(program())
+}
 
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
@@ -41,7 +52,7 @@ func explain(err error) error {
 	}{
 		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? `qmchain-backup run --repo DIR` makes a repository"},
 		{chain.ErrDamaged, ui.ExitDamaged, ""},
-		{fusefs.ErrStale, ui.ExitFailed, "`qmchain-fuse umount MNT` clears it away"},
+		{fusefs.ErrStale, ui.ExitFailed, "`qmchain-fuse umount MNT`, or fusermount3 -uz MNT, as its owner or root clears it away"},
 		{fusefs.ErrMounted, ui.ExitBusy, ""},
 		{fusefs.ErrNested, ui.ExitFailed, "mount it elsewhere"},
 		{fusefs.ErrNoFUSE, ui.ExitFailed, "FUSE needs the kernel module fuse and the right to use /dev/fuse: root, or the package fuse3; in a container it must be allowed"},

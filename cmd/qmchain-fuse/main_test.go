@@ -2,7 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,10 +23,11 @@ import (
 
 	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/repo/repotest"
+	"qmchain/fusefs/tree"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"qmchain-fuse": main})
+	testscript.Main(m, map[string]func(){"qmchain-fuse": main, helperName: main})
 }
 
 // The scripts run the real program; see each for what it guards. Beside testscript's own commands they have:
@@ -36,11 +42,14 @@ func TestMain(m *testing.M) {
 //	broken FILE             reading FILE, which is held, must fail
 //	terminate               send SIGTERM to the server
 //	killserver DIR          send it SIGKILL
+//	automount REPO DIR      have REPO mounted at DIR when somebody looks into it, as x-systemd.automount does
+//	systemd [TEXT]          listen where $NOTIFY_SOCKET says; with a text: wait until it was sent
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {
 			env.Values["held"] = map[string]*os.File{}
+			env.Values["systemd"] = &notified{}
 			env.Defer(func() { cleanUp(t, env.WorkDir) })
 			return nil
 		},
@@ -55,6 +64,8 @@ func TestScripts(t *testing.T) {
 			"broken":     broken,
 			"terminate":  terminate,
 			"killserver": killServer,
+			"systemd":    systemd,
+			"automount":  automount,
 		},
 	})
 }
@@ -198,7 +209,91 @@ func killServer(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
+// systemd is systemd's side of sd_notify(3).
+func systemd(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) == 0 {
+		conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: ts.MkAbs("notify"), Net: "unixgram"})
+		ts.Check(err)
+		ts.Defer(func() { _ = conn.Close() })
+		ts.Setenv("NOTIFY_SOCKET", ts.MkAbs("notify"))
+		ts.Value("systemd").(*notified).conn = conn
+		return
+	}
+	n := ts.Value("systemd").(*notified)
+	b := make([]byte, 4096)
+	ts.Check(n.conn.SetReadDeadline(time.Now().Add(15 * time.Second)))
+	for !strings.Contains(n.said, args[0]) {
+		k, err := n.conn.Read(b)
+		if err != nil {
+			ts.Fatalf("%v; was told %q", err, n.said)
+		}
+		n.said += string(b[:k]) + "\n"
+	}
+}
+
+// automount is what systemd does for x-systemd.automount: there is a mount of type autofs, whose requests come through a pipe,
+// autofs(5). The kernel has those wait who come to the place meanwhile, but not the processes of one process group: systemd's,
+// in which it starts mount(8), and here this one.
+func automount(ts *testscript.TestScript, _ bool, args []string) {
+	repo, dir := ts.MkAbs(args[0]), ts.MkAbs(args[1])
+	helper := ""
+	for _, d := range filepath.SplitList(ts.Getenv("PATH")) {
+		if path := filepath.Join(d, helperName); helper == "" && unix.Access(path, unix.X_OK) == nil {
+			helper = path
+		}
+	}
+	var pipe [2]int
+	ts.Check(unix.Pipe2(pipe[:], unix.O_CLOEXEC))
+	ts.Check(unix.SetNonblock(pipe[0], true)) // so that Close ends a read
+	requests := os.NewFile(uintptr(pipe[0]), "autofs")
+	options := fmt.Sprintf("fd=%d,pgrp=%d,minproto=5,maxproto=5,direct", pipe[1], unix.Getpgrp())
+	ts.Check(unix.Mount("systemd-1", dir, "autofs", 0, options))
+	ts.Check(unix.Close(pipe[1])) // the kernel has its own
+	place, err := os.Open(dir)
+	ts.Check(err)
+	ended := make(chan struct{})
+	ts.Defer(func() {
+		_ = requests.Close()
+		<-ended
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+		_ = place.Close()
+	})
+	env := []string{"WORK=" + ts.Getenv("WORK"), "PATH=" + ts.Getenv("PATH")}
+	go func() {
+		defer close(ended)
+		const missingDirect, ready, fail = 5, 0x9360, 0x9361 // linux/auto_fs4.h
+		packet := make([]byte, 304)
+		for {
+			n, err := requests.Read(packet)
+			if err != nil {
+				return
+			}
+			if n < 12 || binary.NativeEndian.Uint32(packet[4:]) != missingDirect {
+				continue
+			}
+			token := binary.NativeEndian.Uint32(packet[8:])
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			cmd := exec.CommandContext(ctx, helper, repo, dir, "-o", "rw")
+			cmd.Env = env
+			answer := uint(ready)
+			if cmd.Run() != nil {
+				answer = fail
+			}
+			cancel()
+			_ = unix.IoctlSetInt(int(place.Fd()), answer, int(token))
+		}
+	}()
+}
+
+// notified is what systemd was told.
+type notified struct {
+	conn *net.UnixConn
+	said string
+}
+
 func TestOptions(t *testing.T) {
+	id := func(n uint32) *uint32 { return &n }
+	mask := fs.FileMode(0o27)
 	for _, test := range []struct {
 		in   string
 		want options
@@ -209,15 +304,50 @@ func TestOptions(t *testing.T) {
 		{"defaults,noauto,_netdev,nofail,user,x-systemd.requires=network.target,X-mount.mkdir,comment=a b", options{}, ""},
 		{"allow_other", options{allowOther: true}, ""},
 		{"ro,allow_other,debug", options{allowOther: true, debug: true}, ""},
-		{"allow_othe", options{}, "-o allow_othe is not known"},
-		{"ro,uid=1000", options{}, "-o uid=1000 is not known"},
+		{"uid=1000,gid=0,umask=027", options{view: tree.View{UID: id(1000), GID: id(0), Umask: &mask}}, ""},
+		{"metrics_file=/run/a=b.prom", options{metricsFile: "/run/a=b.prom"}, ""},
+		{"allow_othe", options{}, "-o allow_othe: not known"},
+		{"ro,uid=root", options{}, "-o uid=root: the number of a user or group is asked for"},
+		{"gid=-1", options{}, "-o gid=-1: the number of a user or group is asked for"},
+		{"gid=4294967295", options{}, "-o gid=4294967295: the number of a user or group is asked for"},
+		{"uid", options{}, "-o uid: the number of a user or group is asked for"},
+		{"umask=888", options{}, "-o umask=888: three octal digits are asked for, as in 027"},
+		{"umask=1777", options{}, "-o umask=1777: three octal digits are asked for, as in 027"},
+		{"metrics_file", options{}, "-o metrics_file: not known"},
+		{"remount,ro", options{}, "-o remount: the mount can't be changed: unmount and mount it again"},
 	} {
-		got, err := parseOptions(strings.Split(test.in, ","))
+		got, err := parseOptions(strings.Split(test.in, ","), false)
 		if diff := cmp.Diff(test.want, got, cmp.AllowUnexported(options{})); diff != "" {
 			t.Errorf("%q: %s", test.in, diff)
 		}
 		if (err == nil) != (test.err == "") || err != nil && err.Error() != test.err {
 			t.Errorf("%q: error %v, want %q", test.in, err, test.err)
+		}
+	}
+	if got, err := parseOptions([]string{"nope", "allow_other"}, true); err != nil || !got.allowOther {
+		t.Errorf("sloppy: %+v, %v", got, err)
+	}
+	if _, err := parseOptions([]string{"uid=x"}, true); err == nil {
+		t.Error("sloppy, but a value that is wrong is accepted")
+	}
+}
+
+// What mount(8) calls its helper with, and systemd by way of it.
+func TestHelperArgs(t *testing.T) {
+	for _, test := range []struct{ in, want string }{
+		{"qmchain-fuse mount a b", "qmchain-fuse mount a b"},
+		{"/usr/bin/qmchain-fuse umount b", "/usr/bin/qmchain-fuse umount b"},
+		{"/sbin/mount.fuse.qmchain /repo /mnt -o rw,allow_other", "qmchain-fuse mount -o rw,allow_other -- /repo /mnt"},
+		{"mount.fuse.qmchain /repo /mnt -nsv -o ro -t fuse.qmchain", "qmchain-fuse mount --sloppy --verbose -o ro -- /repo /mnt"},
+		{"mount.fuse.qmchain -f /repo /mnt", "qmchain-fuse mount --fake -- /repo /mnt"},
+		{"mount.fuse.qmchain -- -repo /mnt", "qmchain-fuse mount -- -repo /mnt"},
+		{"mount.fuse.qmchain /repo", "qmchain-fuse mount -- /repo"},
+		{"mount.fuse.qmchain /repo /mnt -x", "qmchain-fuse mount -x -- /repo /mnt"}, // which is refused then
+		{"mount.fuse.qmchain --help", "qmchain-fuse mount --help"},
+		{"mount.fuse.qmchain /repo /mnt -o", "qmchain-fuse mount -o -- /repo /mnt"}, // so is this
+	} {
+		if got := strings.Join(helperArgs(strings.Fields(test.in)), " "); got != test.want {
+			t.Errorf("%s: %s, want %s", test.in, got, test.want)
 		}
 	}
 }

@@ -18,16 +18,20 @@ import (
 
 	"qmchain/chain/source"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/notify"
 	"qmchain/fusefs"
 	"qmchain/internal/ui"
 )
 
 type mountCmd struct {
-	Foreground bool     `short:"f" help:"Stay in the foreground, until the mount is unmounted or a signal comes."`
-	Options    []string `short:"o" placeholder:"OPT" help:"allow_other: let other users in, as far as the modes of its files do; debug: with -v, log every request. Options of mount(8) and fstab that make no difference here are accepted."`
-	ReadyFD    int      `hidden:""`
-	Repo       string   `arg:"" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	Mnt        string   `arg:"" help:"The folder to mount it on."`
+	Foreground  bool     `short:"f" help:"Stay in the foreground, until the mount is unmounted or a signal comes. Tells systemd when it is ready (Type=notify)."`
+	Options     []string `short:"o" placeholder:"OPT" help:"allow_other: let other users in, as far as the modes of its files do; uid=N, gid=N: show all as owned by them, with the rights that the repository's owner and group have; umask=NNN: show modes of 0555 (folders) and 0444 (files) less these bits, whatever the repository's are; metrics_file=FILE: as --metrics-file; debug: with -v, log every request. Options of mount(8) and fstab that make no difference here are accepted."`
+	MetricsFile string   `placeholder:"FILE" help:"Write counters to FILE every 15 seconds, in the text format of Prometheus (for node_exporter: NAME.prom in its textfile directory). They are also in MNT/.stats."`
+	ReadyFD     int      `hidden:""`
+	Sloppy      bool     `hidden:""` // of mount(8), as the next one
+	Fake        bool     `hidden:""`
+	Repo        string   `arg:"" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
+	Mnt         string   `arg:"" help:"The folder to mount it on."`
 }
 
 // How long the background server may take to answer, and to end when it must.
@@ -36,13 +40,31 @@ const (
 	endLimit   = 20 * time.Second
 )
 
+// metricsLimit is how long the end waits for the counters to be written a last time.
+const metricsLimit = 3 * time.Second
+
 // readyByte is what the server sends to who started it.
 const readyByte = '!'
 
 func (c *mountCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
-	opts, err := parseOptions(c.Options)
+	opts, err := parseOptions(c.Options, c.Sloppy)
 	if err != nil {
 		return ui.Exit(ui.ExitUsage, ui.Hint(err, "`qmchain-fuse mount --help` lists the options"))
+	}
+	if opts.metricsFile != "" && c.MetricsFile == "" {
+		c.MetricsFile = opts.metricsFile
+	}
+	if c.MetricsFile != "" {
+		if c.MetricsFile, err = filepath.Abs(c.MetricsFile); err != nil { // the server leaves its working directory
+			return err
+		}
+	}
+	if c.Fake {
+		set, _, err := c.open()
+		if err == nil {
+			err = set.Close()
+		}
+		return err
 	}
 	if c.Foreground {
 		return c.serve(ctx, u, opts)
@@ -60,7 +82,11 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 		return err
 	}
 	defer set.Close()
-	m, err := fusefs.Mount(ctx, fusefs.Options{Set: set, Dir: mnt, AllowOther: opts.allowOther, Debug: opts.debug, Log: u.Log})
+	var systemd notify.Systemd
+	if c.ReadyFD == 0 { // else it waits for another process
+		systemd = notify.Of(os.Getenv)
+	}
+	m, err := fusefs.Mount(ctx, fusefs.Options{Set: set, Dir: mnt, AllowOther: opts.allowOther, View: opts.view, Debug: opts.debug, Log: u.Log})
 	if errors.Is(err, fusefs.ErrStale) {
 		return ui.Hint(err, "`qmchain-fuse umount "+mnt+"` clears it away")
 	}
@@ -72,6 +98,21 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 		what = fmt.Sprintf("backups of %s in", set.Kind())
 	}
 	u.Log.Infof("%s %s is mounted at %s", what, set.Dir(), mnt)
+	if c.MetricsFile != "" {
+		keeping, stop := context.WithCancel(context.Background())
+		kept := make(chan struct{})
+		go func() {
+			metricsFile{c.MetricsFile, m.Stats, u.Log}.keep(keeping)
+			close(kept)
+		}()
+		defer func() {
+			stop()
+			select {
+			case <-kept:
+			case <-time.After(metricsLimit):
+			}
+		}()
+	}
 	// Else the server would hold the file system that it was started in.
 	if err := os.Chdir("/"); err != nil {
 		u.Log.WithError(err).Debug("working directory")
@@ -81,11 +122,17 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 			return errors.Join(err, m.Unmount(context.WithoutCancel(ctx)))
 		}
 	}
+	if err := systemd.Tell("READY=1", notify.Status("%s %s is mounted at %s", what, set.Dir(), mnt)); err != nil {
+		u.Log.WithError(err).Warn("systemd does not know that the mount is ready")
+	}
 	select {
 	case <-m.Done():
 		err = m.Wait()
 	case <-ctx.Done():
 		u.Log.Debug("told to end")
+		if err := systemd.Tell("STOPPING=1", notify.Status("unmounting %s", mnt)); err != nil {
+			u.Log.WithError(err).Debug("systemd does not know that the mount ends")
+		}
 		err = m.Unmount(context.WithoutCancel(ctx))
 	}
 	if errors.Is(err, fusefs.ErrBusy) {
@@ -114,7 +161,7 @@ func (c *mountCmd) open() (source.Set, string, error) {
 	return set, mnt, err
 }
 
-// ready tells the waiting process that the mount answers, and lets go of the terminal.
+// ready tells the waiting process that the mount answers, and lets go of the terminal, with a session of its own.
 func (c *mountCmd) ready(u *ui.UI) error {
 	f := os.NewFile(uintptr(c.ReadyFD), "ready")
 	if f == nil {
@@ -124,13 +171,16 @@ func (c *mountCmd) ready(u *ui.UI) error {
 	if err := u.Background("qmchain-fuse"); err != nil {
 		return err
 	}
+	if _, err := unix.Setsid(); err != nil {
+		return fmt.Errorf("a session of its own: %w", err)
+	}
 	if _, err := f.Write([]byte{readyByte}); err != nil {
 		return fmt.Errorf("who started the mount has gone: %w", err)
 	}
 	return nil
 }
 
-// background starts this program again as the server, in a session of its own, and returns when the mount answers. Until
+// background starts this program again as the server, and returns when the mount answers. Until
 // then the server says on our standard error what is wrong.
 func (c *mountCmd) background(ctx context.Context, common *cli.Common) error {
 	ours, theirs, err := os.Pipe()
@@ -147,7 +197,8 @@ func (c *mountCmd) background(ctx context.Context, common *cli.Common) error {
 	cmd.Args[0] = os.Args[0]
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// It gets a session of its own when it is ready, and not before: while systemd mounts for an automount point, the kernel
+	// has all wait who come to the place, but those in systemd's own process group.
 	err = cmd.Start()
 	_ = theirs.Close()
 	if err != nil {
@@ -211,6 +262,12 @@ func (c *mountCmd) args(fd int, common *cli.Common) []string {
 	if common.LogFile != "" {
 		args = append(args, "--log-file="+common.LogFile)
 	}
+	if c.MetricsFile != "" {
+		args = append(args, "--metrics-file="+c.MetricsFile)
+	}
+	if c.Sloppy {
+		args = append(args, "--sloppy")
+	}
 	for _, o := range c.Options {
 		args = append(args, "-o"+strings.ReplaceAll(o, ",", `\,`))
 	}
@@ -223,6 +280,9 @@ type umountCmd struct {
 }
 
 func (c *umountCmd) Run(ctx context.Context, u *ui.UI) error {
+	if files, err := unmountFiles(ctx, c.Mnt, c.Lazy); files {
+		return err
+	}
 	err := fusefs.Unmount(ctx, c.Mnt, c.Lazy)
 	if err == nil {
 		u.Log.Debugf("%s is unmounted", c.Mnt)

@@ -56,6 +56,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 )
 
 var (
@@ -94,6 +96,18 @@ func (p Partition) Name() string {
 		return fmt.Sprintf("part%d-part%d", p.Outer, p.Number)
 	}
 	return fmt.Sprintf("part%d", p.Number)
+}
+
+// IsName tells whether Name could return that.
+func IsName(name string) bool {
+	outer, inner, nested := strings.Cut(name, "-")
+	return isNumbered(outer) && (!nested || isNumbered(inner))
+}
+
+func isNumbered(s string) bool {
+	digits, ok := strings.CutPrefix(s, "part")
+	n, err := strconv.Atoi(digits)
+	return ok && err == nil && n >= 1 && n <= limit && strconv.Itoa(n) == digits
 }
 
 // limit is the highest number of a partition: Linux' DISK_MAX_PARTS is 256, and 0 the disk.

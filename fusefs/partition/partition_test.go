@@ -483,3 +483,19 @@ func FuzzFind(f *testing.F) {
 		}
 	})
 }
+
+// IsName knows all names, and nothing else.
+func TestIsName(t *testing.T) {
+	for outer := range limit + 1 {
+		for _, number := range []int{1, 9, 10, limit} {
+			if p := (Partition{Number: number, Outer: outer}); !IsName(p.Name()) {
+				t.Errorf("%s is no name", p.Name())
+			}
+		}
+	}
+	for _, name := range []string{"", "part", "part0", "part01", "part256", "part-1", "part+1", "part1-", "part1-part", "part1-part2-part3", "part1part2", "Part1", "part1 "} {
+		if IsName(name) {
+			t.Errorf("%q is a name", name)
+		}
+	}
+}

@@ -5,10 +5,14 @@
 //	110/latest -> 20261120T111523Z-81aa
 //	110/20261120T111523Z-81aa/         a point
 //	110/.../scsi0.raw                  a disk
+//	110/.../scsi0-part1.raw            a partition of it; scsi0-part1-part2.raw is one inside that
 //	110/.../point.json                 the point's manifest, as it is in the repository; foreign points have none
 //	110/.../guest/                     the guest's configuration files, if the point has any, as they are
 //
-// A disk's name ends in .raw, so whatever else a point's folder will show of a disk has room beside it.
+// A disk's name ends in .raw, so all else in a point's folder has room beside it. Where a disk is called as another one's
+// partition would be, the name is the disk's: see PartitionDisk.
+//
+// Disks, partitions and folders have extended attributes, which say what the manifest does: see attributes.go.
 package tree
 
 import (
@@ -20,6 +24,7 @@ import (
 	"time"
 
 	"qmchain/chain"
+	"qmchain/fusefs/partition"
 )
 
 // Names that are not those of guests, points or disks.
@@ -77,10 +82,15 @@ type Node struct {
 	Target string // Link
 	Disk   string // Disk: its name in the manifest
 	Path   string // File: where it is in the point's folder
+
+	Partition *partition.Partition // Disk: the part of the disk that this is; nil: all of it
 }
 
-// RootIno is the inode number of the root.
-const RootIno = 1
+// Inode numbers that are fixed: the root's, and that of the file with the mount's counters.
+const (
+	RootIno  = 1
+	StatsIno = 2
+)
 
 // ino hashes what names a node for good. Numbers below 2^63 are ours, those above are go-fuse's own.
 func ino(parts ...string) uint64 {
@@ -91,7 +101,7 @@ func ino(parts ...string) uint64 {
 		h.Write(n[:])
 		h.Write([]byte(p))
 	}
-	return max(binary.BigEndian.Uint64(h.Sum(nil))>>1, 2)
+	return max(binary.BigEndian.Uint64(h.Sum(nil))>>1, StatsIno+1)
 }
 
 // dirPerm and filePerm are the set's own bits without the right to write, or to run a disk.
@@ -166,6 +176,8 @@ type Contents struct {
 	Manifest *Stat                          // of the manifest's file; nil: it has none
 	Files    *Stat                          // of the folder with the guest's files; nil: there is none
 	Image    func(chain.Layer) (Stat, bool) // of an image file; false: it can't be looked at
+
+	Partitions map[string][]partition.Partition // by disk, as far as they are known
 }
 
 // PointContents is what a point's folder holds.
@@ -173,7 +185,14 @@ func PointContents(guest string, c Contents) []Node {
 	m := c.Point.Manifest
 	nodes := make([]Node, 0, len(m.Disks)+2)
 	for i := range m.Disks {
-		nodes = append(nodes, disk(c, &m.Disks[i]))
+		whole := disk(c, &m.Disks[i])
+		nodes = append(nodes, whole)
+		for _, p := range c.Partitions[whole.Disk] {
+			part := partitionOf(m, whole, p)
+			if owner, ok := PartitionDisk(m, part.Name); ok && owner == whole.Disk {
+				nodes = append(nodes, part)
+			}
+		}
 	}
 	if c.Manifest != nil {
 		nodes = append(nodes, passed(m.UUID, chain.ManifestFile, *c.Manifest))
@@ -212,6 +231,36 @@ func disk(c Contents, d *chain.Disk) Node {
 	n.Perm = diskPerm(c, layers)
 	n.Blocks = diskBlocks(layers, d.VirtualSize)
 	return n
+}
+
+// partitionOf is a partition of a disk.
+func partitionOf(m *chain.Manifest, disk Node, p partition.Partition) Node {
+	n := disk
+	n.Name = disk.Disk + "-" + p.Name() + diskSuffix
+	n.Ino = ino("partition", m.UUID, disk.Disk, p.Name())
+	n.Size = p.Size
+	// Its share of what is an estimate already, and within the same limits.
+	share := float64(p.Size) / float64(disk.Size) * float64(disk.Blocks)
+	n.Blocks = max(1, min(int64(share), (p.Size-1)/512))
+	n.Partition = &p
+	return n
+}
+
+// PartitionDisk returns the disk that a file of that name would be a partition of; false if it can't be any. It depends on
+// the disks' names alone and not on what is in them: if one is called scsi0 and another scsi0-part1, then scsi0-part1.raw is
+// the latter, and scsi0-part1-part2.raw is in the latter, whether it is there or not.
+func PartitionDisk(m *chain.Manifest, name string) (disk string, ok bool) {
+	stem, raw := strings.CutSuffix(name, diskSuffix)
+	if !raw || m.Disk(stem) != nil {
+		return "", false
+	}
+	for i := range m.Disks {
+		d := m.Disks[i].Name
+		if rest, is := strings.CutPrefix(stem, d+"-"); is && len(d) >= len(disk) && partition.IsName(rest) {
+			disk, ok = d, true
+		}
+	}
+	return disk, ok
 }
 
 // diskPerm is what the strictest of the images allows: whoever reads the disk reads them all. Where an image has another

@@ -36,12 +36,15 @@ var project = rules{
 		// A helper that many share knows none of them.
 		"internal": {},
 		// Those that join several.
-		"internal/fleet":     {"chain", "internal"},
+		"internal/fleet":     {"internal"},
+		"internal/pveguest":  {"backup", "chain", "proxmox", "internal"},
 		"internal/vmrestore": {"chain", "proxmox", "internal"},
 		"internal/drill":     {"chain", "qmp", "internal"},
 		// For tests.
 		"internal/ledger": {"chain", "internal"},
 		"internal/demo":   {"internal"},
+		// It asks the programs themselves.
+		"packaging": {},
 	},
 	never: [][2]string{
 		{"qmp", "chain"},
@@ -65,7 +68,7 @@ var project = rules{
 	},
 	only: map[string][]string{
 		"github.com/alecthomas/kong":        {"cmd"},
-		"github.com/alecthomas/kong-toml":   {"cmd"},
+		"github.com/BurntSushi/toml":        {"cmd"},
 		"github.com/jotaen/kong-completion": {"cmd"},
 	},
 	testOnly: []string{
@@ -82,5 +85,5 @@ var project = rules{
 			"Exit", "Fatal", "Fatalf", "Fatalln", "Panic", "Panicf", "Panicln",
 		},
 	},
-	mayCall: []string{"cmd", "internal/demo"},
+	mayCall: []string{"cmd", "internal/demo", "packaging/gen"},
 }

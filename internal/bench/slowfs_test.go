@@ -24,8 +24,15 @@ const (
 )
 
 // TestMain serves the slow file system from a process of its own: one that waits for its own file system when it is killed
-// would never end.
+// would never end. Readers are such processes too.
 func TestMain(m *testing.M) {
+	if text, ok := os.LookupEnv(readerJob); ok {
+		if err := serveReads(text, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	folder, ok := os.LookupEnv(slowFolder)
 	if !ok {
 		os.Exit(m.Run())

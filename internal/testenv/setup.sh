@@ -4,7 +4,8 @@
 #   - packages of the system, with apt-get, as root or through sudo;
 #   - a Go, if there is none that go.sh can use;
 #   - in the cache ($QMCHAIN_CACHE, else ~/.cache/qmchain): the QEMU of the
-#     other Debian release and a small Linux guest.
+#     other Debian release, a small Linux guest, and a kernel for libguestfs'
+#     appliance if none is installed.
 #
 # What is there already is left alone, and then no network is needed.
 set -euo pipefail
@@ -18,6 +19,8 @@ packages=(
 	qemu-system-x86 qemu-utils
 	fuse3                                  # fusermount3
 	e2fsprogs xfsprogs btrfs-progs fdisk   # file systems and partitions in test images
+	ntfs-3g dosfstools mtools lvm2
+	guestmount libguestfs-xfs              # the files in a point
 )
 
 # apt-get, as root, quiet unless it fails.
@@ -87,5 +90,19 @@ have=$(qemu-system-x86_64 --version | sed -n 's/^QEMU emulator version \([0-9]*\
 # The guest goes by the script that makes it, as package testenv looks for it.
 guest=$cache/guest-$(sha256sum "$here/guest.sh" | cut -c 1-12)
 "$here/guest.sh" "$guest"
+
+# libguestfs starts an installed kernel. In a container there is none, and on a
+# developer's machine one for tests must not come between it and its boot loader.
+appliance=$cache/appliance
+if ! compgen -G '/boot/vmlinuz-*' >/dev/null && [[ ! -d $appliance ]]; then
+	echo "unpacking a kernel into $appliance"
+	rm -rf "$appliance.new"
+	"$here/debs.sh" bookworm "$appliance.new" linux-image-cloud-amd64
+	mv "$appliance.new" "$appliance"
+fi
+# supermin looks into it though it is told of another.
+if [[ ! -d /lib/modules ]]; then
+	if ((EUID == 0)); then mkdir /lib/modules; else sudo mkdir /lib/modules; fi
+fi
 
 echo "set up: $("$here/go.sh" env GOVERSION), QEMU $have and $(cd "$cache/qemu" && echo */ | tr -d /) in $cache"

@@ -12,6 +12,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"qmchain/cmd/internal/conf"
 	"qmchain/internal/ui"
 )
 
@@ -24,12 +25,15 @@ type Common struct {
 	Verbose bool             `short:"v" help:"Print what is done in detail."`
 	LogFile string           `placeholder:"FILE" help:"Write the log to FILE too."`
 	Version kong.VersionFlag `help:"Print the version."`
+
+	Describe describeFlag `hidden:"" conf:"no" help:"Print the command line as JSON."`
 }
 
 // Env is what a program gets from outside, so that tests can give it something else.
 type Env struct {
 	Stdout, Stderr io.Writer
 	Getenv         func(string) string
+	Config         string // the configuration file's usual place; empty: there is none
 }
 
 // Program describes a program.
@@ -42,20 +46,29 @@ type Program struct {
 	Common  *Common
 	// Bind are further arguments for the commands' Run methods, by type.
 	Bind []any
+	// Scope says which sections of the configuration file are for which commands.
+	Scope conf.Scope
 	// Explain gives an error its exit code and its hint.
 	Explain func(error) error
 }
 
 // Main runs the program with the process's own arguments and ends the process.
-func Main(p Program) {
+func Main(p Program) { MainOf(p.Run) }
+
+// MainOf is Main for what stands around a program's Run.
+func MainOf(run func(ctx context.Context, args []string, env Env) (code int)) {
 	// Who reads the log or the result may go away before the program is done: that must not kill it in the middle of things.
 	// A handler, in place of ignoring it, is not passed on to children.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	// The first signal begins an orderly end. After it the default is back: a second one ends the process at once.
 	context.AfterFunc(ctx, stop)
-	os.Exit(p.Run(ctx, os.Args[1:], Env{os.Stdout, os.Stderr, os.Getenv}))
+	os.Exit(run(ctx, os.Args[1:], Env{os.Stdout, os.Stderr, os.Getenv, conf.Path}))
 }
+
+// Again reads the command line anew, with the configuration file's section of one guest, into a grammar of the program's
+// type. Commands that work on several guests are given it: each guest can have settings of its own.
+type Again func(guest string, grammar any) error
 
 // exit is panicked with where kong ends the program: after --help and --version.
 type exit int
@@ -71,21 +84,9 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 			panic(r)
 		}
 	}()
-	parser, err := kong.New(p.Grammar,
-		kong.Name(p.Name),
-		kong.Description(p.Description+"\n\nExit codes:\n"+ui.ExitCodes()),
-		kong.Writers(env.Stdout, env.Stderr),
-		kong.Exit(func(code int) { panic(exit(code)) }),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
-		kong.UsageOnError(),
-		kong.Vars{"version": p.Name + " " + Version},
-	)
+	kctx, err := p.parse(args, env, "", p.Grammar)
 	if err != nil {
 		return ui.ReportError(env.Stderr, err)
-	}
-	kctx, err := parser.Parse(args)
-	if err != nil {
-		return ui.ReportError(env.Stderr, ui.Exit(ui.ExitUsage, ui.Hint(err, fmt.Sprintf("`%s --help` explains", p.Name))))
 	}
 	u, err := ui.New(env.Stdout, env.Stderr, env.Getenv, ui.Options{Quiet: p.Common.Quiet, Verbose: p.Common.Verbose, LogFile: p.Common.LogFile})
 	if err != nil {
@@ -95,5 +96,42 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 	kctx.BindTo(ctx, (*context.Context)(nil))
 	kctx.Bind(u)
 	kctx.Bind(p.Bind...)
+	kctx.Bind(Again(func(guest string, grammar any) error {
+		_, err := p.parse(args, env, guest, grammar)
+		return err
+	}))
 	return u.Finish(p.Explain(kctx.Run()))
+}
+
+// parse reads the command line into a grammar.
+func (p Program) parse(args []string, env Env, guest string, grammar any) (*kong.Context, error) {
+	options := []kong.Option{
+		kong.Name(p.Name),
+		kong.Description(p.Description + exitCodesTitle + ui.ExitCodes()),
+		kong.Writers(env.Stdout, env.Stderr),
+		kong.Exit(func(code int) { panic(exit(code)) }),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
+		kong.UsageOnError(),
+		kong.Vars{"version": p.Name + " " + Version},
+		kong.Bind(p.Scope),
+	}
+	explain := func(err error) error { return err }
+	file, fileErr := conf.Find(env.Getenv(conf.Variable), env.Config)
+	if file != nil {
+		resolver := file.Resolver(p.Scope, guest)
+		options = append(options, kong.Resolvers(resolver))
+		explain = resolver.Explain
+	}
+	parser, err := kong.New(grammar, options...)
+	if err != nil {
+		return nil, err
+	}
+	kctx, err := parser.Parse(args)
+	if err == nil {
+		err = fileErr // after --help, which needs no file
+	}
+	if err != nil {
+		return nil, ui.Exit(ui.ExitUsage, ui.Hint(explain(err), fmt.Sprintf("`%s --help` explains", p.Name)))
+	}
+	return kctx, nil
 }

@@ -1,0 +1,158 @@
+package bench
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// server is a process that serves files by FUSE until the benchmark ends.
+type server struct {
+	b     *testing.B
+	cmd   *exec.Cmd
+	mount string
+	said  strings.Builder
+}
+
+// serverLimit bounds how long a server may take to come up, and to end.
+const serverLimit = time.Minute
+
+// serve starts a program that mounts at a path, and waits until ready.
+func serve(b *testing.B, mount string, ready func() bool, program string, args ...string) *server {
+	b.Helper()
+	s := &server{b: b, mount: mount, cmd: exec.Command(program, args...)}
+	s.cmd.Stderr = &s.said
+	// In a group of its own: what interrupts the benchmark leaves its end to us.
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := s.cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(s.stop)
+	for end := time.Now().Add(serverLimit); !ready(); {
+		if time.Now().After(end) {
+			b.Fatalf("%s does not answer: %s", program, s.said.String())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return s
+}
+
+// stop unmounts and waits for the end.
+func (s *server) stop() {
+	if s.cmd == nil {
+		return
+	}
+	_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	kill := time.AfterFunc(serverLimit, func() { _ = s.cmd.Process.Kill() })
+	if err := s.cmd.Wait(); err != nil {
+		s.b.Errorf("%s: %v: %s", s.cmd.Path, err, s.said.String())
+	}
+	kill.Stop()
+	_ = unix.Unmount(s.mount, unix.MNT_DETACH) // what a server that was killed leaves
+	s.cmd = nil
+}
+
+// serveMount mounts a set with qmchain-fuse.
+func serveMount(b *testing.B, program, set string) *server {
+	b.Helper()
+	mnt := b.TempDir()
+	var empty unix.Stat_t
+	if err := unix.Stat(mnt, &empty); err != nil {
+		b.Fatal(err)
+	}
+	mounted := func() bool {
+		var st unix.Stat_t
+		return unix.Stat(mnt, &st) == nil && st.Dev != empty.Dev
+	}
+	return serve(b, mnt, mounted, program, "--quiet", "mount", "--foreground", set, mnt)
+}
+
+// serveDaemon exports an image with qemu-storage-daemon. The mount is a file.
+func serveDaemon(b *testing.B, image string) *server {
+	b.Helper()
+	file := filepath.Join(b.TempDir(), "export")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	exported := func() bool {
+		info, err := os.Stat(file)
+		return err == nil && info.Size() > 0
+	}
+	return serve(b, file, exported, "qemu-storage-daemon",
+		"--blockdev", "driver=qcow2,node-name=disk,read-only=on,file.driver=file,file.filename="+strings.ReplaceAll(image, ",", ",,"),
+		"--export", "type=fuse,id=export,node-name=disk,writable=off,mountpoint="+strings.ReplaceAll(file, ",", ",,"))
+}
+
+// disk is the path of a point's disk in a mount.
+func (s *server) disk(point string) string {
+	return filepath.Join(s.mount, mountGuest, point, mountDisk+".raw")
+}
+
+// cpu is what the server took of the processors so far, in seconds.
+func (s *server) cpu() float64 {
+	s.b.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	var user, system float64
+	if _, err := fmt.Sscan(fields[11]+" "+fields[12], &user, &system); err != nil {
+		s.b.Fatal(err)
+	}
+	return (user + system) / 100 // USER_HZ, the same on all of Linux's platforms for Go
+}
+
+// resident is the memory that the server has, in bytes.
+func (s *server) resident() int64 {
+	s.b.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		var kib int64
+		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kib); err == nil {
+			return kib << 10
+		}
+	}
+	s.b.Fatalf("no VmRSS in %s", text)
+	return 0
+}
+
+// hold keeps a file open, and with it what a server has found out of it.
+func hold(b *testing.B, path string) io.Closer {
+	b.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := f.ReadAt(make([]byte, 1), 0); err != nil {
+		b.Fatal(err)
+	}
+	return f
+}
+
+// dropCache takes what the kernel has of files out of its cache.
+func dropCache(b *testing.B, paths ...string) {
+	b.Helper()
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if err != nil {
+			b.Fatal(err)
+		}
+		err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		_ = f.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}
