@@ -25,6 +25,33 @@
 // slow or full target never slows or fails the guest's own writes. A full fleece breaks the snapshot, and thereby the
 // backup, not the guest.
 //
+// # Over a restart
+//
+// Bitmaps in memory, those of raw disks and of disks with internal snapshots, end with the QEMU process. A Keeper carries them
+// over that. When the guest has powered off, and QEMU (with -no-shutdown) is still there, it copies them into sidecar images in
+// a local folder and writes down what proves that a disk was not written to since; see volume. When QEMU is there again it
+// merges them back. The order is what makes it safe:
+//
+//	saving      the run state is one in which vCPUs don't run
+//	            stop: in any state QEMU then awaits all requests under way and flushes. The event SHUTDOWN comes before that
+//	            volumes are read; bitmaps are copied; volumes are read again, and must be the same
+//	            the record is written, sealed, and tells of sidecars that are on disk
+//	merging     the record is claimed by a rename: whatever happens from here on, it is not used again
+//	            volumes are read; those that are the same are the same disks, whatever their names are now
+//	            a fresh bitmap begins to record on each disk
+//	            QEMU's counters say that nothing was written through it before that
+//	            one transaction makes the tracking bitmap, from the fresh one and the sidecar's
+//
+// The last step is why a half is never taken for the whole: until then no bitmap has a name that a run would believe. The
+// guest's write at the start is no danger: it comes before the fresh bitmap, and the counters tell, or after it, and is
+// recorded. Counters are not set back by a reset of the guest. QEMU opens and closes images without writing to them, as long as
+// there is nothing to be stored there (seen on 7.2 and 10.0): persistent bitmaps of another repository on the same disk, or
+// lazy refcounts, end the proof.
+//
+// Whatever is not proven is refused, and the next run takes a full with the reason: the guest had another vmgenid; a volume was
+// written to, replaced or taken away; a QEMU that was killed, or ended by quit or SIGTERM while the guest ran, which leaves no
+// time to save (Keeper.Stop does that: a guest that is paused and about to be ended writes no more).
+//
 // # Undo and recovery
 //
 // Undoing a failed run and recovering what a killed one left are the same code: look at the guest, take away whatever is

@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"qmchain/chain"
+	"qmchain/chain/repo"
 	"qmchain/chain/retain"
 	"qmchain/internal/child"
-	"qmchain/qmp"
 )
 
 // Finding is something that a crash of ours, of QEMU, of the host or of the storage has left.
@@ -43,7 +43,7 @@ func Doctor(ctx context.Context, cfg Config, images []string, fix bool, breakLoc
 		return nil, err
 	}
 	if cfg.Addr != "" {
-		client, err := qmp.Dial(ctx, cfg.Addr)
+		client, err := s.connect(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 		}
@@ -85,6 +85,22 @@ func (s *session) finishMerges(ctx context.Context) error {
 	return err
 }
 
+// cutOff says what a crash has cut off in the removal of points: not what another one is at just now.
+func (s *session) cutOff(ctx context.Context) ([]string, error) {
+	if unfinished, err := retain.Unfinished(s.guest); err != nil || len(unfinished) == 0 {
+		return nil, err
+	}
+	lock, err := s.guest.LockPrune(ctx, 0)
+	if errors.Is(err, repo.ErrLocked) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Unlock()
+	return retain.Unfinished(s.guest)
+}
+
 // fix recovers as a run does.
 func (s *session) fix(ctx context.Context, images []string) (err error) {
 	if err := s.finishMerges(ctx); err != nil {
@@ -105,13 +121,22 @@ func (s *session) fix(ctx context.Context, images []string) (err error) {
 		if err != nil {
 			return err
 		}
+		if err := s.restoreKept(ctx); err != nil {
+			return err
+		}
 		v, err := s.recover(ctx)
 		if err != nil {
+			return err
+		}
+		if err := s.cfg.Kept.tidy(s.cfg.Guest); err != nil {
 			return err
 		}
 		return s.drop(ctx, unusable(v, s.repo.ShortID(), s.points))
 	}
 	if err := s.readPoints(); err != nil {
+		return err
+	}
+	if err := s.cfg.Kept.tidy(s.cfg.Guest); err != nil {
 		return err
 	}
 	for _, path := range images {
@@ -165,7 +190,7 @@ func (s *session) examine(ctx context.Context, images []string) ([]Finding, erro
 	for _, id := range partials {
 		add("repository", true, "unfinished point %s", id)
 	}
-	unfinished, err := retain.Unfinished(s.guest)
+	unfinished, err := s.cutOff(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -200,6 +225,7 @@ func (s *session) examine(ctx context.Context, images []string) ([]Finding, erro
 			}
 		}
 	}
+	findings = append(findings, s.cfg.Kept.findings(s.cfg.Guest, s.qmp != nil)...)
 	if s.qmp == nil {
 		return findings, nil
 	}
@@ -328,9 +354,9 @@ func removeImageBitmap(ctx context.Context, qemuImg, path, name string) error {
 
 // Cleanup removes bitmaps of ours from a running guest: all, or those of one repository (its short id). The next run of a
 // repository whose bitmaps are gone takes a full. It returns their names.
-func Cleanup(ctx context.Context, addr, repo string, lockWait time.Duration) (removed []string, err error) {
+func Cleanup(ctx context.Context, addr string, guard Guard, repo string, lockWait time.Duration) (removed []string, err error) {
 	s := &session{}
-	client, err := qmp.Dial(ctx, addr)
+	client, err := connect(ctx, addr, guard)
 	if err != nil {
 		return nil, err
 	}

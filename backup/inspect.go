@@ -4,7 +4,6 @@ import (
 	"context"
 
 	"qmchain/chain"
-	"qmchain/qmp"
 )
 
 // Info is what a guest shows of itself.
@@ -35,8 +34,8 @@ type InfoBitmap struct {
 }
 
 // Inspect asks a guest about itself and its disks. Nothing is changed.
-func Inspect(ctx context.Context, addr string) (*Info, error) {
-	c, err := qmp.Dial(ctx, addr)
+func Inspect(ctx context.Context, addr string, guard Guard) (*Info, error) {
+	c, err := connect(ctx, addr, guard)
 	if err != nil {
 		return nil, err
 	}

@@ -29,8 +29,10 @@ type view struct {
 	devices []qmp.BlockInfo
 	// passthrough tells the devices that hand the guest's SCSI commands to the host's device: QEMU does not see what they write.
 	passthrough map[string]bool
-	nodes       map[string]*node
-	jobs        []qmp.Job
+	// snapshots tells the nodes whose images have internal snapshots.
+	snapshots map[string]bool
+	nodes     map[string]*node
+	jobs      []qmp.Job
 	// images are the disks of a stopped guest, in the order of their nodes imageNode(0), imageNode(1), …
 	images []OfflineImage
 }
@@ -74,6 +76,9 @@ func look(ctx context.Context, c *qmp.Client) (*view, error) {
 		return nil, err
 	}
 	if v.devices, err = c.QueryBlock(ctx); err != nil {
+		return nil, err
+	}
+	if v.snapshots, err = lookSnapshots(ctx, c); err != nil {
 		return nil, err
 	}
 	v.passthrough = make(map[string]bool)
@@ -127,6 +132,24 @@ func lookBlock(ctx context.Context, c *qmp.Client) (*view, error) {
 	return v, nil
 }
 
+// lookSnapshots finds the nodes whose images have internal snapshots.
+func lookSnapshots(ctx context.Context, c *qmp.Client) (map[string]bool, error) {
+	var nodes []struct {
+		Name  string `json:"node-name"`
+		Image struct {
+			Snapshots []struct{} `json:"snapshots"`
+		} `json:"image"`
+	}
+	if err := c.Execute(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return nil, err
+	}
+	have := make(map[string]bool)
+	for _, n := range nodes {
+		have[n.Name] = len(n.Image.Snapshots) > 0
+	}
+	return have, nil
+}
+
 func lookIdentity(ctx context.Context, c *qmp.Client) (chain.GuestIdentity, error) {
 	var id chain.GuestIdentity
 	uuid, err := c.QueryUUID(ctx)
@@ -161,6 +184,7 @@ type Disk struct {
 	format      string // the node of the guest's image, which has the bitmaps
 	bitmaps     []qmp.DirtyBitmap
 	allocated   int64  // bytes that the guest's image takes in its storage
+	snapshots   bool   // the image has internal snapshots
 	compat      string // of a qcow2 image: "0.10" can't store bitmaps
 	unsupported bool   // Left says something that the user may not expect
 	busy        error  // why it can't be backed up now
@@ -219,6 +243,7 @@ func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
 	d.format, d.Driver, d.File = image.name, image.driver, image.filename
 	d.allocated = min(image.info.Image.ActualSize, d.Size)
 	d.bitmaps, d.compat = image.info.DirtyBitmaps, compatOf(image.info)
+	d.snapshots = v.snapshots[image.name]
 	if top.driver == "throttle" {
 		d.switchable = true
 		d.below = top.children["file"]

@@ -69,11 +69,16 @@ func startDaemon(ctx context.Context, cfg Config) (_ *daemon, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if _, err := os.Stat(path); err != nil {
+		fi, err := os.Stat(path)
+		if err != nil {
 			return nil, fmt.Errorf("disk %s: %w", image.Disk, err)
 		}
+		protocol := "file"
+		if fi.Mode()&os.ModeDevice != 0 {
+			protocol = "host_device"
+		}
 		// In QEMU's option syntax a comma in a value is written twice.
-		args = append(args, "--blockdev", fmt.Sprintf("driver=%s,node-name=%s,file.driver=file,file.filename=%s", image.Format, imageNode(i), strings.ReplaceAll(path, ",", ",,")))
+		args = append(args, "--blockdev", fmt.Sprintf("driver=%s,node-name=%s,file.driver=%s,file.filename=%s", image.Format, imageNode(i), protocol, strings.ReplaceAll(path, ",", ",,")))
 	}
 	if d.process, err = child.Start("qemu-storage-daemon", args...); err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package backup
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -21,13 +22,18 @@ var ErrOtherGuest = errors.New("another guest")
 
 // Request is what the user asked for.
 type Request struct {
-	Level     chain.Level // Auto, or one of chain's
-	Disks     []string    // only these; empty: all
-	Exclude   []string    // not these
-	NewChain  Rotation    // with Auto: when to begin a new chain
-	Threshold int64       // make no point if all disks are increments and these hold less, in bytes
+	Level   chain.Level // Auto, or one of chain's
+	Disks   []string    // only these; empty: all
+	Exclude []string    // not these
+	// Skip are disks to leave out, with the reason, that need not be there; Disks goes before it.
+	Skip      map[string]string
+	NewChain  Rotation // with Auto: when to begin a new chain
+	Threshold int64    // make no point if all disks are increments and these hold less, in bytes
 	Note      string
 	Adopt     bool // go on though the newest point is another guest's
+	// Bitmaps is chain.KindPersistent or chain.KindMemory, for the disks that can have either; empty: in memory where the disk's
+	// image has internal snapshots, as QEMU does not go back to one while a persistent bitmap is in the image.
+	Bitmaps string
 }
 
 // PlannedDisk is what will be done with one disk.
@@ -72,6 +78,8 @@ type planner struct {
 	guest  chain.GuestIdentity
 	now    time.Time
 	memory bool // bitmaps in memory are of use: the QEMU process goes on after the run
+	// refused says of bitmaps that were saved when the guest stopped why they are not there any more.
+	refused refusals
 	// sound checks that the image files of a disk in a point are all there and are what their manifests say.
 	sound func(chain.Layer) error
 }
@@ -92,6 +100,8 @@ func (p planner) plan(id chain.ID, disks []Disk, req Request) (*Plan, error) {
 		switch {
 		case slices.Contains(req.Exclude, d.Name) || len(req.Disks) > 0 && !asked:
 			d.Left = "not asked for"
+		case !asked && d.Left == "" && req.Skip[d.Name] != "":
+			d.Left = req.Skip[d.Name]
 		case d.Left != "" && asked:
 			return nil, fmt.Errorf("disk %s can't be backed up: %s: %w", d.Name, d.Left, ErrNotFound)
 		}
@@ -104,7 +114,7 @@ func (p planner) plan(id chain.ID, disks []Disk, req Request) (*Plan, error) {
 		}
 		pd, err := p.disk(id, d)
 		if err == nil {
-			pd, err = pd.atLevel(req, p)
+			pd, err = pd.ofKind(req, p).atLevel(req, p)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
@@ -131,6 +141,14 @@ func diskNames(disks []Disk) string {
 		names = append(names, d.Name)
 	}
 	return strings.Join(names, ", ")
+}
+
+// ofKind chooses where the disk's next bitmap is. One of the other kind that is there now goes once the new point stands.
+func (pd PlannedDisk) ofKind(req Request, p planner) PlannedDisk {
+	if pd.Kind == chain.KindPersistent && p.memory && (req.Bitmaps == chain.KindMemory || req.Bitmaps == "" && pd.snapshots) {
+		pd.Kind = chain.KindMemory
+	}
+	return pd
 }
 
 // atLevel makes of a disk's plan for Auto one for the level that was asked for.
@@ -208,7 +226,7 @@ func (p planner) disk(id chain.ID, d Disk) (PlannedDisk, error) {
 		case len(reasons) > 0:
 			return pd.unplanned(strings.Join(reasons, "; ")), nil
 		case p.known(d.Name):
-			return pd.unplanned("no bitmap records on it since its last point"), nil
+			return pd.unplanned("no bitmap records on it since its last point" + p.refusal(d.Name)), nil
 		default:
 			return pd.full("first point of this disk"), nil
 		}
@@ -250,6 +268,20 @@ type candidate struct {
 	bitmap string
 	count  int64 // bytes marked
 	layer  *chain.Layer
+}
+
+// refusal says why what was saved of the bitmap that tracks a disk is not there, if it was saved at all.
+func (p planner) refusal(disk string) string {
+	for _, bitmap := range slices.Sorted(maps.Keys(p.refused)) {
+		name, ours := chain.ParseBitmapName(bitmap)
+		if !ours || name.Repo != p.repo || name.Disk != disk {
+			continue
+		}
+		if parent, _ := p.points.Tracked(name); parent != nil {
+			return ": " + p.refused[bitmap]
+		}
+	}
+	return ""
 }
 
 // known reports whether the repository tracks a disk of that name.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 
 	"qmchain/chain"
-	"qmchain/qmp"
 )
 
 // look looks at the guest, running or not.
@@ -20,6 +19,9 @@ func (s *session) look(ctx context.Context) (*view, error) {
 		return nil, err
 	}
 	v.status, v.images = "stopped", s.cfg.Offline
+	if v.guest = s.cfg.Identity; v.guest != (chain.GuestIdentity{}) {
+		return v, nil
+	}
 	if latest := s.points.Latest(); latest != nil {
 		v.guest = latest.Guest // images don't tell whose they are
 	}
@@ -30,7 +32,7 @@ func (s *session) look(ctx context.Context) (*view, error) {
 // was killed, as only recovering from that would show what the next run does.
 func Preview(ctx context.Context, cfg Config) (*Plan, error) {
 	s := &session{cfg: cfg, log: cfg.Log}
-	client, err := qmp.Dial(ctx, cfg.Addr)
+	client, err := s.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 	}
@@ -63,11 +65,12 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 	random := make([]byte, 2)
 	_, _ = rand.Read(random) // never fails
 	p := planner{
-		repo:   s.repo.ShortID(),
-		points: s.points,
-		guest:  v.guest,
-		memory: v.images == nil,
-		now:    s.cfg.Now(),
+		repo:    s.repo.ShortID(),
+		points:  s.points,
+		guest:   v.guest,
+		memory:  v.images == nil,
+		refused: s.cfg.Kept.refusals(s.cfg.Guest),
+		now:     s.cfg.Now(),
 		sound: func(l chain.Layer) error {
 			return s.guest.CheckImages(s.points, l.Point, l.Disk.Name)
 		},

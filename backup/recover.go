@@ -100,7 +100,7 @@ func (s *session) cancelJobs(ctx context.Context) error {
 // which and why.
 func teardown(v *view) (steps []step, stays []string) {
 	nodes := make(map[string][]*node)
-	for _, prefix := range []string{snapshotPrefix, cbwPrefix, topPrefix, fleecePrefix, targetPrefix} {
+	for _, prefix := range []string{snapshotPrefix, cbwPrefix, topPrefix, fleecePrefix, targetPrefix, keepPrefix} {
 		for name, n := range v.nodes {
 			if strings.HasPrefix(name, prefix) && !strings.HasSuffix(name, fileSuffix) {
 				nodes[prefix] = append(nodes[prefix], n)
@@ -163,7 +163,7 @@ func teardown(v *view) (steps []step, stays []string) {
 		steps = append(steps, del(top.name))
 	}
 
-	for _, prefix := range []string{fleecePrefix, targetPrefix} {
+	for _, prefix := range []string{fleecePrefix, targetPrefix, keepPrefix} {
 		for _, n := range nodes[prefix] {
 			if !kept[n.name] {
 				steps = append(steps, del(n.name))
@@ -241,6 +241,9 @@ func uselessBitmaps(v *view, repo string, points chain.Points, partials []chain.
 			}
 		}
 		for _, b := range n.info.DirtyBitmaps {
+			if b.Name == freshBitmap && !b.Busy {
+				useless = append(useless, bitmap{n.name, b.Name}) // of a merging back that was cut off
+			}
 			name, ok := chain.ParseBitmapName(b.Name)
 			if !ok || name.Repo != repo || b.Busy {
 				continue

@@ -19,6 +19,9 @@ const (
 	// undoLimit bounds the undoing of a failed run.
 	undoLimit = 2 * time.Minute
 
+	// saveLimit bounds the saving of bitmaps of a guest that has powered off.
+	saveLimit = 10 * time.Second
+
 	// reconnectLimit bounds how long undo tries to reach a guest whose connection was lost.
 	reconnectLimit = 10 * time.Second
 )
@@ -41,6 +44,10 @@ type Config struct {
 	Init     bool
 	LockWait time.Duration // how long to wait for locks
 
+	Guard    Guard               // who manages the guest; nil: nobody does
+	Identity chain.GuestIdentity // of a stopped guest, as its images don't tell; empty: that of its newest point
+
+	Kept     Kept           // bitmaps saved over the guest's stop; an empty Dir: there are none
 	Offline  []OfflineImage // the disks of a stopped guest; Addr, Fleecing, Agent and Pause are then of no meaning
 	Fleecing Fleecing
 	Copying  Copying
@@ -99,7 +106,13 @@ type session struct {
 // error wraps ErrUndo as well.
 func Run(ctx context.Context, cfg Config) (*Result, error) {
 	s := &session{cfg: cfg, log: cfg.Log, result: &Result{}}
+	release := func() {}
+	defer func() { release() }()
 	if len(cfg.Offline) > 0 {
+		var err error
+		if release, err = s.take(ctx); err != nil {
+			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		}
 		daemon, err := startDaemon(ctx, cfg)
 		if err != nil {
 			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
@@ -112,13 +125,18 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 		s.daemon = daemon
 		s.cfg.Addr, s.cfg.Fleecing.Off, s.cfg.Agent, s.cfg.Pause = daemon.socket, true, nil, false
 	}
-	client, err := qmp.Dial(ctx, s.cfg.Addr)
+	client, err := s.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 	}
 	s.qmp = client
 	defer func() { _ = s.qmp.Close() }()
 
+	if s.daemon == nil {
+		if release, err = s.take(ctx); err != nil {
+			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		}
+	}
 	if err = s.open(ctx); err == nil {
 		defer s.lock.Unlock()
 		err = s.run(ctx)
@@ -163,7 +181,35 @@ func (s *session) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.dropBitmaps(ctx, v, s.points, nil), s.mutex.release(ctx, s.qmp))
+	err = s.dropBitmaps(ctx, v, s.points, nil)
+	if v.status == "shutdown" && s.cfg.Kept.Dir != "" {
+		// The guest powered off during the run, when its keeper could not get in.
+		limited, cancel := context.WithTimeout(ctx, saveLimit)
+		defer cancel()
+		_, saveErr := s.carrier().save(limited)
+		err = errors.Join(err, saveErr)
+	}
+	return errors.Join(err, s.mutex.release(ctx, s.qmp))
+}
+
+func (s *session) carrier() *carrier {
+	return &carrier{qmp: s.qmp, guest: s.cfg.Guest, kept: s.cfg.Kept, qemuImg: s.repo.QemuImg, log: s.log, now: s.cfg.Now}
+}
+
+// restoreKept merges back what was saved when the guest stopped, if its keeper has not. Without it disks get a full, with the
+// reason; only a guest that is not there any more ends the run.
+func (s *session) restoreKept(ctx context.Context) error {
+	if s.daemon != nil || !s.cfg.Kept.has(s.cfg.Guest) {
+		return nil
+	}
+	_, err := s.carrier().restore(ctx)
+	if errors.Is(err, qmp.ErrDisconnected) || ctx.Err() != nil {
+		return err
+	}
+	if err != nil {
+		s.log.Warnf("saved bitmaps are not merged back: %v", err)
+	}
+	return nil
 }
 
 // ErrElsewhere is wrapped where a repository would be made though the guest is tracked for another one.
@@ -209,6 +255,9 @@ func (s *session) open(ctx context.Context) (err error) {
 }
 
 func (s *session) run(ctx context.Context) error {
+	if err := s.restoreKept(ctx); err != nil {
+		return err
+	}
 	v, err := s.recover(ctx)
 	if err != nil {
 		return err
@@ -236,6 +285,9 @@ func (s *session) run(ctx context.Context) error {
 	}
 	defer s.partial.Close()
 	defer s.dropFleece()
+	if err := s.addFiles(ctx); err != nil {
+		return err
+	}
 	if err := s.makeImages(ctx); err != nil {
 		return err
 	}
@@ -356,7 +408,7 @@ func (s *session) reconnect(ctx context.Context) error {
 	_ = s.qmp.Close()
 	ctx, cancel := context.WithTimeout(ctx, reconnectLimit)
 	defer cancel()
-	client, err := qmp.Dial(ctx, s.cfg.Addr)
+	client, err := s.connect(ctx)
 	if err != nil {
 		return err
 	}

@@ -1,5 +1,6 @@
 // Package proxmox is the Proxmox VE side of qmchain: what stands in a VM's configuration, and what `qm` is asked to do
-// about it. It looks at the files that PVE keeps, and changes things through `qm` alone.
+// about it. It looks at the files that PVE keeps, and changes things through `qm` alone, but for firewall rules, which `qm`
+// knows nothing of.
 //
 // Words:
 //

@@ -5,17 +5,18 @@ import (
 	"fmt"
 	"io"
 
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/ui"
 	"qmchain/proxmox"
 )
 
 type addCmd struct {
-	vms
+	vms.Flags
 	DryRun bool `help:"Show what would be changed, and change nothing."`
 }
 
 type removeCmd struct {
-	vms
+	vms.Flags
 	DryRun bool `help:"Show what would be changed, and change nothing."`
 }
 
@@ -48,12 +49,12 @@ type outcome struct {
 }
 
 func (c *addCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
-	return run(ctx, u, host, c.vms, c.DryRun, func(id proxmox.VMID) (outcome, error) {
+	return run(ctx, u, host, c.Flags, c.DryRun, func(id proxmox.VMID) (outcome, error) {
 		config, err := host.Config(id)
 		if err == nil && config.Template() {
 			skipped := fmt.Errorf("VM %s is a template: it never runs, and its clones need sockets of their own", id)
 			o := outcome{VMID: id, Name: config.Name(), Done: "skipped"}
-			if c.selection().Many() {
+			if c.Many() {
 				u.Log.Infof("left out: %v", skipped)
 				return o, nil
 			}
@@ -70,7 +71,7 @@ func (c *addCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
 }
 
 func (c *removeCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
-	return run(ctx, u, host, c.vms, c.DryRun, func(id proxmox.VMID) (outcome, error) {
+	return run(ctx, u, host, c.Flags, c.DryRun, func(id proxmox.VMID) (outcome, error) {
 		change, err := host.RemoveSocket(ctx, id, c.DryRun)
 		return outcomeOf(change, "removed", err), err
 	})
@@ -94,9 +95,9 @@ func outcomeOf(c proxmox.Change, done string, err error) outcome {
 }
 
 // run changes VMs and prints what was done.
-func run(ctx context.Context, u *ui.UI, host proxmox.Host, v vms, dry bool, change func(proxmox.VMID) (outcome, error)) error {
+func run(ctx context.Context, u *ui.UI, host proxmox.Host, v vms.Flags, dry bool, change func(proxmox.VMID) (outcome, error)) error {
 	outcomes := []outcome{} // not null in JSON
-	failure := v.each(ctx, u, host, func(id proxmox.VMID) error {
+	failure := v.Each(ctx, u, host, func(id proxmox.VMID) error {
 		o, err := change(id)
 		outcomes = append(outcomes, o)
 		return err

@@ -7,11 +7,12 @@ import (
 	"io"
 	"strings"
 
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/ui"
 	"qmchain/proxmox"
 )
 
-type showCmd struct{ vms }
+type showCmd struct{ vms.Flags }
 
 // state is what is known of a VM's args and socket.
 type state struct {
@@ -47,7 +48,7 @@ func stateOf(host proxmox.Host, c proxmox.Check, err error) state {
 
 func (c *showCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
 	states := []state{}
-	failure := c.each(ctx, u, host, func(id proxmox.VMID) error {
+	failure := c.Each(ctx, u, host, func(id proxmox.VMID) error {
 		check, err := host.CheckSocket(ctx, id)
 		states = append(states, stateOf(host, check, err))
 		return err
@@ -104,7 +105,7 @@ func (s state) socket() string {
 	return ""
 }
 
-type checkCmd struct{ vms }
+type checkCmd struct{ vms.Flags }
 
 // Of a VM that can't be backed up through its socket.
 var (
@@ -117,7 +118,7 @@ var (
 func (c *checkCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
 	states := []state{}
 	waiting, notReady := 0, 0
-	failure := c.each(ctx, u, host, func(id proxmox.VMID) error {
+	failure := c.Each(ctx, u, host, func(id proxmox.VMID) error {
 		check, err := host.CheckSocket(ctx, id)
 		s := stateOf(host, check, err)
 		states = append(states, s)

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/ui"
 	"qmchain/proxmox"
 )
@@ -36,43 +37,11 @@ func main() { cli.Main(program(proxmox.Local())) }
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
 	var quote *proxmox.QuoteError
-	if errors.As(err, &quote) {
-		return ui.Exit(codeOf(err), ui.Hint(err, "nothing in args is in effect until that is put right: `qm set VMID --args '...'`"))
+	switch {
+	case errors.As(err, &quote):
+		return ui.Hint(err, "nothing in args is in effect until that is put right: `qm set VMID --args '...'`")
+	case errors.Is(err, proxmox.ErrConflict):
+		return ui.Hint(err, "`qmchain-args show VMID` shows the args; `qm set VMID --args '...'` changes them")
 	}
-	for _, e := range []struct {
-		is   error
-		hint string
-	}{
-		{proxmox.ErrElsewhere, "run it on that node"},
-		{proxmox.ErrLocked, "wait for what holds the lock; `qm unlock VMID` takes away one that was left behind"},
-		{proxmox.ErrBusy, "something else works on this VM: try again later"},
-		{proxmox.ErrChanged, "somebody keeps changing this VM: try again later"},
-		{proxmox.ErrConflict, "`qmchain-args show VMID` shows the args; `qm set VMID --args '...'` changes them"},
-		{proxmox.ErrNoHost, "this is for Proxmox VE nodes; is pve-cluster.service running?"},
-	} {
-		if errors.Is(err, e.is) {
-			return ui.Exit(codeOf(err), ui.Hint(err, e.hint))
-		}
-	}
-	return ui.Exit(codeOf(err), err)
-}
-
-// codeOf is the exit code for an error about one VM, or about all.
-func codeOf(err error) int {
-	for _, e := range []struct {
-		is   error
-		code int
-	}{
-		{proxmox.ErrNotFound, ui.ExitNotFound},
-		{proxmox.ErrElsewhere, ui.ExitNotFound},
-		{proxmox.ErrNoHost, ui.ExitNotFound},
-		{proxmox.ErrLocked, ui.ExitBusy},
-		{proxmox.ErrBusy, ui.ExitBusy},
-		{proxmox.ErrChanged, ui.ExitBusy},
-	} {
-		if errors.Is(err, e.is) {
-			return e.code
-		}
-	}
-	return ui.ExitCode(err)
+	return vms.Explain(err)
 }

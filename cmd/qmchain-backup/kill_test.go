@@ -26,6 +26,9 @@ import (
 // killAt makes the program, which the test binary then is, kill itself by SIGKILL before that step in the file system.
 const killAt = "QMCHAIN_TEST_KILL_AT"
 
+// testNode names the Proxmox VE node that the program then runs on.
+const testNode = "QMCHAIN_TEST_NODE"
+
 func TestMain(m *testing.M) {
 	at, ok := os.LookupEnv(killAt)
 	if !ok {
@@ -44,7 +47,13 @@ func TestMain(m *testing.M) {
 		}
 		return nil
 	}}
-	cli.Main(program(fsys))
+	n := local()
+	if text := os.Getenv(testNode); text != "" {
+		if err := json.Unmarshal([]byte(text), &n); err != nil {
+			panic(err)
+		}
+	}
+	cli.Main(programOn(n, fsys))
 }
 
 // bench is a guest with two disks, and the real program that backs it up as a process of its own.

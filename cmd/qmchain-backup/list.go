@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -78,12 +79,22 @@ func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (state string
 }
 
 type infoCmd struct {
-	Socket string `required:"" placeholder:"ADDR" help:"The guest's QMP socket: a path, unix:PATH or tcp:HOST:PORT."`
-	JSON   bool   `name:"json" help:"Print one JSON document."`
+	oneFlags `embed:""`
+	JSON     bool `name:"json" help:"Print one JSON document."`
 }
 
-func (c *infoCmd) Run(ctx context.Context, u *ui.UI) error {
-	info, err := backup.Inspect(ctx, c.Socket)
+func (c *infoCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node) error {
+	vm, addr, err := c.find(n, fsys, 0, u.Log)
+	if err == nil && addr == "" {
+		err = ui.Exit(ui.ExitUsage, errors.New("say which running guest: a VMID or --socket"))
+		if vm != nil {
+			err = fmt.Errorf("VM %s is stopped: %w", vm.ID, backup.ErrNotFound)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	info, err := backup.Inspect(ctx, addr, guardOf(vm))
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -75,8 +76,15 @@ type Process struct {
 
 // Start starts a program that goes on until it ends by itself or Stop is called. When its parent dies it gets a SIGTERM, so
 // that it can end in an orderly way.
-func Start(name string, args ...string) (*Process, error) {
+func Start(name string, args ...string) (*Process, error) { return StartTo(nil, name, args...) }
+
+// StartTo is Start for a program whose standard output is of interest: it is written to stdout, all of it by the time that
+// the program is done.
+func StartTo(stdout io.Writer, name string, args ...string) (*Process, error) {
 	p := &Process{cmd: exec.Command(name, args...), done: make(chan struct{})}
+	p.cmd.Stdout = stdout
+	// What it has started may still hold its streams.
+	p.cmd.WaitDelay = 5 * time.Second
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	p.cmd.Stderr = &p.stderr
 	started := make(chan error)

@@ -50,3 +50,10 @@ func (p plain) Write(b []byte) (int, error) {
 	}
 	return len(b), nil
 }
+
+// Note writes a text for people to standard error as it is, without the log's dress: a table. Not where the user asked for quiet.
+func (u *UI) Note(text string) {
+	if !u.quiet {
+		_, _ = io.WriteString(u.screen, printable(text)) // as with the log, nobody need listen
+	}
+}

@@ -121,13 +121,17 @@ func (c *call) destroy() error {
 		if c.running(c.vmid) {
 			return die("VM %s is running - destroy failed", c.vmid)
 		}
-		for _, d := range cf.drives() {
-			if d.cdrom() || filepath.IsAbs(d.volume) {
-				continue
+		if cf.main["protection"] == "1" {
+			return die("can't remove VM %s - protection mode enabled", c.vmid)
+		}
+		for key, value := range cf.main {
+			d := parseDrive(key, value)
+			if volumeKey.MatchString(key) && (!d.cdrom() || strings.Contains(d.volume, "-cloudinit")) {
+				c.free(d.volume)
 			}
-			if err := os.Remove(c.layout().volume(d.volume)); err != nil && !errors.Is(err, os.ErrNotExist) {
-				return err
-			}
+		}
+		if err := os.Remove(filepath.Join(c.Etc, "firewall", c.vmid+".fw")); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
 		}
 		return os.Remove(c.configPath(c.vmid))
 	})

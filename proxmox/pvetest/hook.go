@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -38,7 +39,13 @@ func (c *call) hook(cf *conf, phase string) error {
 	}
 	path, err := c.hookPath(volume)
 	if err == nil {
-		cmd := exec.CommandContext(c.ctx, path, c.vmid, phase)
+		// qm works in a process of its own, which has the task's name.
+		const perl = `$0 = shift; my $status = system(@ARGV); exit($status >> 8 || $status & 127)`
+		task := "/usr/bin/perl /usr/sbin/qm " + c.name
+		if slices.Contains([]string{"start", "stop", "shutdown", "reboot"}, c.name) {
+			task = fmt.Sprintf("task UPID:%s:%08X:%08X:%08X:qm%s:%s:root@pam:", c.Name, os.Getpid(), 1, time.Now().Unix(), c.name, c.vmid)
+		}
+		cmd := exec.CommandContext(c.ctx, "perl", "-e", perl, task, path, c.vmid, phase)
 		// The real qm is in /usr/sbin.
 		cmd.Env = []string{"PATH=" + c.Bin + ":/sbin:/bin:/usr/sbin:/usr/bin", "LC_ALL=C"}
 		if phase == "pre-start" || phase == "post-start" {

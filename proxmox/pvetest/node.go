@@ -35,8 +35,9 @@ type Node struct {
 	tb     testenv.TB
 	server *server
 
-	mu  sync.Mutex
-	vms map[string]*testenv.VM
+	mu     sync.Mutex
+	vms    map[string]*testenv.VM
+	faults func(at string) error // see SetFault
 }
 
 // Install makes a node, with the host's QEMU and PVE 9's command lines. All of it goes when the test ends.

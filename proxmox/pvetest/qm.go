@@ -63,7 +63,7 @@ func commands() map[string]command {
 		"reset":        {run: (*call).reset, flags: []string{"skiplock"}},
 		"clone":        {run: (*call).clone, flags: []string{"full"}},
 		"template":     {run: (*call).template},
-		"create":       {run: (*call).create, flags: []string{"start"}},
+		"create":       {run: (*call).create, flags: []string{"start", "live-restore"}},
 		"resize":       {run: (*call).resize, flags: []string{"skiplock"}},
 		"snapshot":     {run: (*call).snapshot, flags: []string{"vmstate"}},
 		"rollback":     {run: (*call).rollback, flags: []string{"start"}},
@@ -80,6 +80,9 @@ func commands() map[string]command {
 func (n *Node) qm(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	c := &call{Node: n, ctx: ctx, stdout: stdout, stderr: stderr}
 	err := c.parse(args)
+	if err == nil {
+		err = n.fault(strings.Join(args, " "))
+	}
 	if err == nil {
 		err = commands()[c.name].run(c)
 	}

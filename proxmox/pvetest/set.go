@@ -1,6 +1,7 @@
 package pvetest
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -103,14 +104,22 @@ func (c *call) set() error {
 		if err := c.checkLock(cf); err != nil {
 			return err
 		}
+		if err := c.checkBoot(cf); err != nil {
+			return err
+		}
 		var shown []string
 		for _, key := range split(c.option("delete")) {
+			if key == "description" && cf.description != "" {
+				cf.description = ""
+				continue
+			}
 			if _, ok := cf.main[key]; !ok && cf.pending[key] == "" {
 				fmt.Fprintf(c.stderr, "cannot delete '%s' - not set in current configuration!\n", key)
 				continue
 			}
-			delete(cf.pending, key)
 			c.unuse(cf, key)
+			delete(cf.pending, key)
+			c.deleteUnused(cf, key)
 			cf.setDeletes(append(slices.DeleteFunc(cf.deletes(), func(k string) bool { return k == key }), key))
 		}
 		options := slices.Clone(c.options)
@@ -126,15 +135,26 @@ func (c *call) set() error {
 				cf.description = strings.ReplaceAll(o.value, ":", "%3A") + "\n"
 				continue
 			}
-			if cf.pending[o.name], err = c.newVolume(o.name, o.value); err != nil {
-				return err
+			value, err := stored(o.name, o.value)
+			if err == nil {
+				err = c.fault("option " + o.name)
 			}
+			if err == nil {
+				value, err = c.newVolume(o.name, value)
+			}
+			if err != nil {
+				cf.forgetUsed()
+				return errors.Join(err, c.save(cf)) // what came before stays pending
+			}
+			c.replace(cf, o.name, value)
+			cf.pending[o.name] = value
 			cf.setDeletes(slices.DeleteFunc(cf.deletes(), func(k string) bool { return k == o.name }))
 		}
 		fmt.Fprintf(c.stdout, "update VM %s: %s\n", c.vmid, strings.Join(shown, " "))
 		running := c.running(c.vmid)
 		cf.apply(func(key string) bool { return !running || slices.Contains(fast, key) })
 		cf.cleanup()
+		cf.forgetUsed()
 		return c.save(cf)
 	})
 }

@@ -2,6 +2,7 @@ package pvetest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -52,7 +53,10 @@ func (c *call) newVolume(id, value string) (string, error) {
 	d := parseDrive(id, value)
 	m := newDisk.FindStringSubmatch(d.volume)
 	if m == nil {
-		return value, nil
+		return c.attach(id, value)
+	}
+	if c.storage(m[1]) == "" {
+		return "", die("storage '%s' does not exist", m[1])
 	}
 	storage, source, format := m[1], d.get("import-from"), d.get("format")
 	d.options = slices.DeleteFunc(d.options, func(o option) bool { return o.name == "import-from" || o.name == "format" || o.name == "size" })
@@ -70,12 +74,25 @@ func (c *call) newVolume(id, value string) (string, error) {
 		if err != nil || !fi.Mode().IsRegular() {
 			return "", die("%s: '%s' is not a regular file", id, source)
 		}
-		// PVE asks qemu-img for the format of a file without a telling name.
-		args = []string{"convert", "-q", "-f", formatOf(source), "-O", format, source, path}
+		from, err := c.formatOf(source)
+		if err != nil {
+			return "", err
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			return "", err
+		}
+		fmt.Fprintf(c.stdout, "transferred 0.0 B of 1.0 MiB (0.00%%)\n")
+		if err := c.fault("import " + source); err != nil {
+			c.free(d.volume)
+			return "", err
+		}
+		args = []string{"convert", "-q", "-f", from, "-O", format, source, path}
 	}
 	if _, err := c.run(c.QEMU.Img, args...); err != nil {
+		c.free(d.volume)
 		return "", die("%v", err)
 	}
+	fmt.Fprintf(c.stdout, "transferred 1.0 MiB of 1.0 MiB (100.00%%)\n")
 	size, err := c.virtualSize(path, format)
 	if err != nil {
 		return "", err
@@ -103,13 +120,6 @@ func (c *call) freeVolume(storage, format string) string {
 	}
 }
 
-func formatOf(path string) string {
-	if strings.HasSuffix(path, ".qcow2") {
-		return "qcow2"
-	}
-	return "raw"
-}
-
 func (c *call) virtualSize(path, format string) (int64, error) {
 	out, err := c.run(c.QEMU.Img, "info", "-U", "-f", format, "--output=json", path)
 	if err != nil {
@@ -134,12 +144,24 @@ func sizeText(n int64) string {
 
 // unuse keeps a deleted drive's volume as an unused one.
 func (c *call) unuse(cf *conf, key string) {
-	if !driveID.MatchString(key) || c.running(c.vmid) {
+	if !volumeKey.MatchString(key) || strings.HasPrefix(key, "unused") || c.running(c.vmid) {
 		return
 	}
-	if d := parseDrive(key, cf.main[key]); !d.cdrom() {
-		cf.main[cf.freeUnused()] = d.volume
+	for _, value := range []string{cf.main[key], cf.pending[key]} {
+		if d := parseDrive(key, value); d.volume != "" && !d.cdrom() {
+			cf.addUnused(d.volume)
+		}
 	}
+}
+
+// addUnused adds a volume as an unused one, if it is none yet.
+func (c *conf) addUnused(volume string) {
+	for key, value := range c.main {
+		if strings.HasPrefix(key, "unused") && value == volume {
+			return
+		}
+	}
+	c.main[c.freeUnused()] = volume
 }
 
 func (c *conf) freeUnused() string {
@@ -159,31 +181,68 @@ func (c *call) create() error {
 		if err := c.checkDrives(); err != nil {
 			return err
 		}
-		cf := parseConf("")
-		for _, o := range c.options {
-			if o.name == "start" || o.name == "storage" {
-				continue
-			}
-			if o.name == "description" {
-				cf.description = strings.ReplaceAll(o.value, ":", "%3A") + "\n"
-				continue
-			}
-			value, err := c.newVolume(o.name, o.value)
-			if err != nil {
+		var live []liveDrive
+		if c.flag("live-restore") {
+			var err error
+			if live, err = c.prepareLive(); err != nil {
 				return err
 			}
-			cf.main[o.name] = value
 		}
-		for key, value := range map[string]func() string{
-			"smbios1": func() string { return "uuid=" + testenv.RandomUUID() },
-			"vmgenid": testenv.RandomUUID,
-		} {
-			if cf.main[key] == "" || cf.main[key] == "1" {
-				cf.main[key] = value()
+		cf := parseConf("lock: create\n")
+		if err := c.save(cf); err != nil {
+			return err
+		}
+		cf.main = map[string]string{}
+		if err := c.fill(cf); err != nil {
+			for key, value := range cf.main {
+				if volumeKey.MatchString(key) {
+					c.free(parseDrive(key, value).volume)
+				}
 			}
+			return errors.Join(die("unable to create VM %s - %v", c.vmid, err), os.Remove(c.configPath(c.vmid)))
 		}
-		return c.save(cf)
+		if live == nil {
+			return c.save(cf)
+		}
+		cf.main["lock"] = "import"
+		if err := c.save(cf); err != nil {
+			return err
+		}
+		return c.runLive(live)
 	})
+}
+
+// fill makes the configuration of a new VM, and its volumes.
+func (c *call) fill(cf *conf) error {
+	for _, o := range c.options {
+		if o.name == "start" || o.name == "storage" || o.name == "live-restore" {
+			continue
+		}
+		if o.name == "description" {
+			cf.description = strings.ReplaceAll(o.value, ":", "%3A") + "\n"
+			continue
+		}
+		value, err := stored(o.name, o.value)
+		if err != nil {
+			return err
+		}
+		if value, err = c.newVolume(o.name, value); err != nil {
+			return err
+		}
+		cf.main[o.name] = value
+	}
+	if cf.main["boot"] == "" {
+		cf.main["boot"] = bootOrder(cf.main)
+	}
+	for key, value := range map[string]func() string{
+		"smbios1": func() string { return "uuid=" + testenv.RandomUUID() },
+		"vmgenid": testenv.RandomUUID,
+	} {
+		if cf.main[key] == "" || cf.main[key] == "1" {
+			cf.main[key] = value()
+		}
+	}
+	return nil
 }
 
 // importDisk copies an image into a volume: of an unused drive, or of the one that is asked for.

@@ -14,6 +14,7 @@ import (
 func TestVolumes(t *testing.T) {
 	t.Parallel()
 	n := Install(t)
+	n.AddStorage("lvmthin", "lvm")
 	raw, qcow2 := filepath.Join(n.Dir, "a.raw"), filepath.Join(n.Dir, "b.qcow2")
 	testenv.CreateDisk(t, n.QEMU, raw, "raw", 3<<20)
 	testenv.CreateDisk(t, n.QEMU, qcow2, "qcow2", 64<<20)
