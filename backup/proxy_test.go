@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -220,15 +222,17 @@ func TestInterruptedAtEveryCommand(t *testing.T) {
 	})
 }
 
-// atEveryCommand calls fail with each number of a command until the run has fewer. After each, the guest must be clean
+var every = flag.Int("every", 3, "tests of each command of a run try every so many, from a random one on; 1: all")
+
+// atEveryCommand calls fail with numbers of commands until the run has fewer. After each, the guest must be clean
 // and running, and the next run an increment that holds what was written meanwhile.
 func (r *rig) atEveryCommand(fail func(cfg backup.Config, at int) bool) {
 	r.t.Helper()
-	stride := 3 // every command is tried in one style of each version, and every third in the others
-	if r.qemu.AtLeast(9, 0) == (r.vm.Config().Style == testenv.Throttle) {
-		stride = 1
+	stride := *every
+	if r.qemu.AtLeast(9, 0) != (r.vm.Config().Style == testenv.Throttle) {
+		stride *= 3 // it is the other version's style
 	}
-	for at := 2; ; at += stride { // 1 is the handshake
+	for at := 2 + rand.IntN(stride); ; at += stride { // 1 is the handshake
 		r.ledger.Forget()
 		r.write(3)
 		reached := fail(r.config(backup.Auto), at)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -206,12 +207,14 @@ func everywhere(t *testing.T, f func(*testing.T, *bench)) {
 	}
 }
 
+var every = flag.Int("every", 3, "tests of each command or step of a run try every so many, from a random one on; 1: all")
+
 func TestKilledBeforeEveryCommand(t *testing.T) {
 	t.Parallel()
 	everywhere(t, func(t *testing.T, b *bench) {
 		b.write(40)
 		b.point(chain.Full)
-		for at := 1; ; at++ {
+		for tries, at := 1, 1+rand.IntN(*every); ; tries, at = tries+1, at+*every {
 			b.ledger.Forget()
 			b.write(3)
 			started := make(chan *os.Process, 1)
@@ -232,7 +235,7 @@ func TestKilledBeforeEveryCommand(t *testing.T) {
 			}
 			started <- cmd.Process
 			killed := b.killed(cmd.Wait(), stderr)
-			if at%4 == 0 {
+			if tries%4 == 0 {
 				b.doctor(at > 4 && killed)
 			}
 			b.after()
@@ -251,7 +254,7 @@ func TestKilledBeforeEveryFileSystemStep(t *testing.T) {
 	t.Parallel()
 	everywhere(t, func(t *testing.T, b *bench) {
 		b.write(40)
-		for at := 1; ; at++ {
+		for at := 1 + rand.IntN(*every); ; at += *every {
 			b.ledger.Forget()
 			b.write(3)
 			cmd, stderr := b.command(at, b.args(b.vm.Socket)...)
