@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,12 +23,12 @@ type drillCmd struct {
 	Text       string        `placeholder:"TEXT" help:"The text on the serial console to wait for; implies --until text."`
 	Timeout    time.Duration `default:"5m" placeholder:"TIME" help:"How long to wait for that."`
 	Screenshot string        `placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
-	Memory     string        `default:"1GiB" placeholder:"SIZE" help:"Of the guest."`
-	CPUs       int           `name:"cpus" default:"2" placeholder:"N" help:"Of the guest."`
-	Machine    string        `default:"pc" placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35."`
+	Memory     string        `placeholder:"SIZE" help:"Of the guest. Default: what its Proxmox VE configuration says, 4GiB at most; else 1GiB."`
+	CPUs       int           `name:"cpus" placeholder:"N" help:"Of the guest. Default: as many as it had, 4 at most; else 2."`
+	Machine    string        `placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35. Default: what the guest had; else pc."`
 	Accel      string        `default:"auto" enum:"auto,kvm,tcg" help:"kvm, tcg (slow, needs no hardware), or auto: kvm where it is."`
 	CPU        string        `name:"cpu" placeholder:"MODEL" help:"QEMU's CPU model. Default: the host's, or all that can be emulated."`
-	Boot       string        `placeholder:"D" help:"The disk to boot from. Default: the first."`
+	Boot       string        `placeholder:"D" help:"The disk to boot from. Default: the guest's own; else the first."`
 	Firmware   string        `placeholder:"FILE" help:"UEFI code, for a guest with efidisk0. Default: what is installed."`
 	Kernel     string        `placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
 	Initrd     string        `placeholder:"FILE" help:"Its initrd."`
@@ -51,13 +52,17 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if c.Text != "" {
 		c.Until = "text"
 	}
-	memory, err := cli.Size("--memory", c.Memory)
+	var memory int64
+	var err error
+	if c.Memory != "" {
+		memory, err = cli.Size("--memory", c.Memory)
+	}
 	switch {
 	case err != nil:
 		return err
-	case memory < 16<<20:
+	case c.Memory != "" && memory < 16<<20:
 		return ui.Exit(ui.ExitUsage, errors.New("--memory: a guest needs 16MiB at least"))
-	case c.CPUs < 1:
+	case c.CPUs < 0:
 		return ui.Exit(ui.ExitUsage, errors.New("--cpus: a guest needs one at least"))
 	case c.Until == "text" && c.Text == "":
 		return ui.Exit(ui.ExitUsage, errors.New("--until text: --text is missing"))
@@ -72,7 +77,8 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if err != nil {
 		return err
 	}
-	if names, err = bootOrder(u, names, c.Boot); err != nil {
+	had := p.machineOf(u)
+	if names, err = bootOrder(u, had.order(names), c.Boot); err != nil {
 		return err
 	}
 	disks, closeAll, err := p.openDisks(names)
@@ -81,7 +87,8 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	}
 	defer closeAll()
 	cfg := drill.Config{
-		Memory: memory >> 20, CPUs: c.CPUs, Accel: c.Accel, CPU: c.CPU, Machine: c.Machine, Firmware: c.Firmware,
+		Memory: cmp.Or(memory, had.memory) >> 20, CPUs: cmp.Or(c.CPUs, had.cpus), Accel: c.Accel, CPU: c.CPU,
+		Machine: cmp.Or(c.Machine, had.kind), SCSI: had.scsi, UUID: had.uuid, Firmware: c.Firmware,
 		Kernel: c.Kernel, Initrd: c.Initrd, Append: c.Append,
 		Sign: drill.Sign(c.Until), Text: c.Text, Timeout: c.Timeout, Screenshot: c.Screenshot,
 		QEMU: c.QEMU, QemuImg: "qemu-img", Log: u.Log, Now: time.Now,

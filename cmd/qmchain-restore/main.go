@@ -17,9 +17,12 @@ import (
 	"qmchain/chain/stream"
 	"qmchain/chain/virtnbd"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/conf"
 	"qmchain/cmd/internal/listing"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
+	"qmchain/internal/vmrestore"
+	"qmchain/proxmox"
 )
 
 type grammar struct {
@@ -27,6 +30,7 @@ type grammar struct {
 	List   listing.Command `cmd:"" help:"List the points in a repository."`
 	Verify verifyCmd       `cmd:"" help:"Find out which disks of which points are still what they were."`
 	Image  imageCmd        `cmd:"" help:"Write a point's disks to files, or one disk to a device."`
+	VM     vmCmd           `cmd:"" name:"vm" help:"Make a Proxmox VE VM of a point: its configuration, its firewall rules and its disks."`
 	NBD    nbdCmd          `cmd:"" name:"nbd" help:"Serve a point's disks, read-only, by NBD, until a signal comes."`
 	Drill  drillCmd        `cmd:"" help:"Start a point in a throw-away guest without a network, and see whether it boots."`
 
@@ -39,20 +43,21 @@ type grammar struct {
 	Snapshots snapshotsCmd `cmd:"" help:"Make one qcow2 image with an internal snapshot of each point."`
 }
 
-// program is qmchain-restore; fsys is told of all that it changes.
-func program(fsys durable.FS) cli.Program {
+// program is qmchain-restore on a host; fsys is told of all that it changes.
+func program(fsys durable.FS, host proxmox.Host) cli.Program {
 	var g grammar
 	return cli.Program{
 		Name:        "qmchain-restore",
 		Description: "Restores disks of QEMU guests from chains of qcow2 images. POINT is GUEST/latest, GUEST/ID, or GUEST/ and the beginning of an id.",
 		Grammar:     &g,
 		Common:      &g.Common,
-		Bind:        []any{fsys, pipes{os.Stdin, os.Stdout}},
+		Bind:        []any{fsys, host, pipes{os.Stdin, os.Stdout}},
+		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill"}},
 		Explain:     explain,
 	}
 }
 
-func main() { cli.Main(program(durable.FS{})) }
+func main() { cli.Main(program(durable.FS{}, proxmox.Local())) }
 
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
@@ -61,6 +66,17 @@ func explain(err error) error {
 		code int
 		hint string
 	}{
+		{vmrestore.ErrLeft, ui.ExitNeedsDoctor, ""},
+		{vmrestore.ErrWhole, ui.ExitPartly, ""},
+		{vmrestore.ErrStorage, ui.ExitFailed, "--storage STORAGE says where all disks go, --storage DISK=STORAGE where one does"},
+		{vmrestore.ErrCannot, ui.ExitFailed, ""},
+		{proxmox.ErrTaken, ui.ExitFailed, "--vmid N chooses another VMID; --force replaces a VM that is stopped"},
+		{proxmox.ErrLocked, ui.ExitBusy, "wait for what holds the lock; `qm unlock VMID` takes away one that was left behind"},
+		{proxmox.ErrBusy, ui.ExitBusy, ""},
+		{proxmox.ErrChanged, ui.ExitBusy, "nothing was changed: try again"},
+		{proxmox.ErrElsewhere, ui.ExitNotFound, "run it on that node"},
+		{proxmox.ErrNotFound, ui.ExitNotFound, ""},
+		{proxmox.ErrNoHost, ui.ExitNotFound, "this is for Proxmox VE nodes; `qmchain-restore image` restores disks anywhere"},
 		{standard.ErrUnfinished, ui.ExitNeedsDoctor, "run the same again when the cause is mended: it goes on"},
 		{standard.ErrForeign, ui.ExitUsage, "--output makes a copy"},
 		{standard.ErrBusy, ui.ExitBusy, ""},

@@ -33,7 +33,7 @@ import (
 const signalAt = "QMCHAIN_TEST_SIGNAL_AT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"qmchain-restore": func() { cli.Main(program(signaller(os.Getenv(signalAt)))) }})
+	testscript.Main(m, map[string]func(){"qmchain-restore": func() { cli.Main(program(signaller(os.Getenv(signalAt)), testHost(os.Getenv(testNode)))) }})
 }
 
 func signaller(when string) durable.FS {

@@ -27,6 +27,7 @@ import (
 	"qmchain/cmd/internal/cli"
 	"qmchain/fusefs"
 	"qmchain/internal/durable"
+	"qmchain/proxmox"
 )
 
 // branched makes a repository whose points are
@@ -362,7 +363,7 @@ func (c *copied) damagedBy(hit []place) map[place]bool {
 func inProcess(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = program(durable.FS{}).Run(t.Context(), args, cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }})
+	code = program(durable.FS{}, proxmox.Local()).Run(t.Context(), args, cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }})
 	return code, out.String(), errs.String()
 }
 

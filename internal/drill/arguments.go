@@ -28,6 +28,9 @@ func (d *drill) arguments() ([]string, error) {
 		"-chardev", "socket,id=agent,server=on,wait=off,path=" + escape(d.path("agent")),
 		"-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
 	}
+	if cfg.UUID != "" {
+		args = append(args, "-uuid", cfg.UUID)
+	}
 	if cfg.Kernel != "" {
 		args = append(args, "-kernel", cfg.Kernel)
 		if cfg.Initrd != "" {
@@ -73,13 +76,22 @@ func (d *drill) arguments() ([]string, error) {
 		case "virtio":
 			args = append(args, "-device", "virtio-blk-pci,"+drive)
 		case "sata", "ide":
+			if place, ok := idePlace(cfg.Machine, kind, number); ok {
+				args = append(args, "-device", "ide-hd,"+place+","+drive)
+				break
+			}
 			bus("ich9-ahci", "sata")
 			args = append(args, "-device", fmt.Sprintf("ide-hd,bus=sata.%d,%s", ahciPorts(cfg.Disks[:i]), drive))
 		case "nvme":
 			args = append(args, "-device", fmt.Sprintf("nvme,serial=%s,%s", disk.Name, drive))
 		default:
-			bus("virtio-scsi-pci", "scsi")
-			args = append(args, "-device", fmt.Sprintf("scsi-hd,bus=scsi.0,scsi-id=%s,%s", scsiID(number, i), drive))
+			controller, id := "scsi", scsiID(number, i)
+			if n, err := strconv.Atoi(number); err == nil && strings.HasPrefix(cfg.SCSI, "lsi") {
+				// It has room for seven.
+				controller, id = fmt.Sprintf("scsi%d", n/7), strconv.Itoa(n%7)
+			}
+			bus(cmp.Or(cfg.SCSI, "virtio-scsi-pci"), controller)
+			args = append(args, "-device", fmt.Sprintf("scsi-hd,bus=%s.0,scsi-id=%s,%s", controller, id, drive))
 		}
 	}
 	return args, nil
@@ -88,7 +100,16 @@ func (d *drill) arguments() ([]string, error) {
 // escape writes a value in QEMU's option syntax.
 func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
-// ahciPorts is how many ports of the AHCI controller the disks take.
+// idePlace is where on a PC's own IDE controller a disk is, if the machine has that: guests of the time need it.
+func idePlace(machine, kind, number string) (place string, ok bool) {
+	n, err := strconv.Atoi(number)
+	if kind != "ide" || err != nil || n > 3 || strings.Contains(machine, "q35") {
+		return "", false
+	}
+	return fmt.Sprintf("bus=ide.%d,unit=%d", n/2, n%2), true
+}
+
+// ahciPorts is how many ports of the AHCI controller the disks may take.
 func ahciPorts(disks []Disk) int {
 	n := 0
 	for _, d := range disks {

@@ -47,6 +47,10 @@ type Config struct {
 	CPU    string // "": the host's with kvm, else the best that can be emulated
 	// Machine is QEMU's machine type, such as "pc" or "q35".
 	Machine string
+	// SCSI is the device that SCSI disks are attached to; "": virtio-scsi-pci.
+	SCSI string
+	// UUID is the guest's, by which it and its licences know it; "": none.
+	UUID string
 	// Firmware is the path of UEFI code, for a guest with a disk efidisk0, which holds its variables.
 	Firmware string
 	// Kernel is started directly, if it is set, with Initrd and Append.

@@ -68,7 +68,7 @@ func (c *call) attach(id, value string) (string, error) {
 	storage, name, _ := strings.Cut(d.volume, ":")
 	if name != "cloudinit" {
 		path := c.layout().volume(d.volume)
-		if fi, err := os.Stat(path); d.cdrom() || err != nil || !fi.Mode().IsRegular() {
+		if d.cdrom() || !isFile(path) {
 			return value, nil
 		}
 		size, err := c.virtualSize(path, d.format())
@@ -95,6 +95,11 @@ func (c *call) attach(id, value string) (string, error) {
 	}
 	d.options = []option{{"media", "cdrom"}}
 	return d.String(), nil
+}
+
+func isFile(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.Mode().IsRegular()
 }
 
 // free removes a volume's file.

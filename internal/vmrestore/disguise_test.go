@@ -1,0 +1,68 @@
+package vmrestore_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"qmchain/internal/testenv"
+	"qmchain/internal/vmrestore"
+)
+
+// TestDisguise asks qemu-img what it takes each beginning for.
+func TestDisguise(t *testing.T) {
+	t.Parallel()
+	padded := func(at int, text string) []byte {
+		data := make([]byte, 64<<10)
+		copy(data[at:], text)
+		return data
+	}
+	made := func(format string) []byte {
+		path := filepath.Join(t.TempDir(), "image")
+		args := []string{"create", "-q", "-f", format, path, "1M"}
+		if format == "luks" {
+			args = []string{"create", "-q", "--object", "secret,id=s,data=x", "-f", "luks", "-o", "key-secret=s,iter-time=10", path, "1M"}
+		}
+		testenv.Output(t, "qemu-img", args...)
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	disks := map[string][]byte{
+		"zeroes":      padded(0, ""),
+		"a boot code": padded(0, "\xeb\x63\x90"),
+		"almost":      padded(0, "QFI\xfa"),
+		"text":        padded(0, "# version=1\nno VMDK\n"),
+		"vmdk text":   padded(0, "# Disk DescriptorFile\nversion=1\n"),
+		"COWD":        padded(0, "COWD\x01\x00\x00\x00"),
+		"not at 0":    padded(512, "LUKS\xba\xbe"),
+		"tiny":        make([]byte, 512),
+	}
+	for _, format := range []string{"qcow", "qcow2", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "luks"} {
+		disks[format] = made(format)
+	}
+	for name, data := range disks {
+		path := filepath.Join(t.TempDir(), "disk")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.CommandContext(t.Context(), "qemu-img", "info", "--output=json", path).Output()
+		var info struct{ Format string }
+		if err == nil {
+			err = json.Unmarshal(out, &info)
+		}
+		got, readErr := vmrestore.Disguise(bytes.NewReader(data))
+		if readErr != nil {
+			t.Errorf("%s: %v", name, readErr)
+		}
+		// What qemu-img can't open it has taken for something.
+		if other := err != nil || info.Format != "raw"; other != (got != "") {
+			t.Errorf("%s: %q, qemu-img says %q, %v", name, got, info.Format, err)
+		}
+	}
+}
