@@ -22,8 +22,9 @@ import (
 // What proves that is the kernel's word, never a name:
 //
 //   - A file has an inode, a time of birth, and a change time (ctime) that each write moves and that no program can set back.
-//     Times are those of the file system itself, so that this holds over reboots and, on NFS, between hosts. It does not hold
-//     where times are kept in memory (lazytime) or in whole seconds, nor on file systems that are not listed in fileSystems.
+//     It holds until the host is restarted: what was written in place is on disk seconds before the file's new times are, even
+//     with fdatasync(2), and a crash in between puts the times back (seen on ext4 and xfs). It does not hold where times are
+//     kept in whole seconds or in memory for long (lazytime), nor on file systems that are not listed in fileSystems.
 //   - A block device has counters of what was written and discarded, for as long as this instance of it exists, which the
 //     kernel numbers (diskseq). A device-mapper device also has a table, which lvconvert and the like exchange below a device
 //     that stays. A device that was deactivated, or a host that was rebooted, has lost the proof. So has one that other hosts
@@ -39,6 +40,7 @@ type volume struct {
 }
 
 type fileState struct {
+	Boot    string `json:"boot"` // the kernel's boot id
 	Inode   uint64 `json:"inode"`
 	Size    int64  `json:"size"`
 	Born    stamp  `json:"born"`
@@ -73,6 +75,9 @@ func (v volume) change(later volume) string {
 	case v.File != nil && later.File != nil:
 		if *v.File == *later.File {
 			return ""
+		}
+		if v.File.Boot != later.File.Boot {
+			return "the host was restarted, and a crash can put a file's times back"
 		}
 	case len(v.Device) == 0 || len(v.Device) != len(later.Device):
 	default:
@@ -195,8 +200,12 @@ func fileStateOf(st *unix.Statx_t) (*fileState, error) {
 	if st.Mtime.Nsec == 0 && st.Ctime.Nsec == 0 {
 		return nil, fmt.Errorf("its file system keeps whole seconds only: %w", errNoProof)
 	}
+	boot, _, err := here()
+	if err != nil {
+		return nil, err
+	}
 	when := func(t unix.StatxTimestamp) stamp { return stamp{t.Sec, t.Nsec} }
-	return &fileState{Inode: st.Ino, Size: int64(st.Size), Born: when(st.Btime), Written: when(st.Mtime), Changed: when(st.Ctime)}, nil
+	return &fileState{Boot: boot, Inode: st.Ino, Size: int64(st.Size), Born: when(st.Btime), Written: when(st.Mtime), Changed: when(st.Ctime)}, nil
 }
 
 // lazyTimes reports whether a mount keeps times in memory, where a crash of the host loses them.

@@ -25,6 +25,23 @@ func readAfterSettling(t *testing.T, path string) volume {
 	return v
 }
 
+// A crash of the host can put back the times of a file that was written to.
+func TestFileOverARestart(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "disk")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	now := readAfterSettling(t, path)
+	before := *now.File
+	before.Boot = "another"
+	if why := (volume{Path: path, File: &before}).change(now); !strings.Contains(why, "restarted") {
+		t.Errorf("%q", why)
+	}
+}
+
 // Everything that changes a file's bytes shows, whatever is done to hide it.
 func TestFileShowsWrites(t *testing.T) {
 	t.Parallel()

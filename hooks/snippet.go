@@ -36,20 +36,22 @@ func unwrap(volume string) (theirs string, ours bool) {
 // mark is the second line of our snippets, by which they are known.
 const mark = "# qmchain: calls qmchain-hook at the phases of a VM"
 
-// script is the text of a snippet. Program is qmchain-hook; theirs the volume of the script that is called after it, or "".
+// script is the text of a snippet. Program is qmchain-hook; theirs the volume of the script that is called too, or "".
 func script(program, theirs string) string {
 	var b strings.Builder
 	b.WriteString("#!/bin/sh\n" + mark + "\n")
 	b.WriteString("# Made by `qmchain-hook install VMID`; `qmchain-hook remove VMID` puts back what was there.\n")
 	b.WriteString("# What fails in it, or that it is not there any more, keeps no VM from starting.\n")
-	b.WriteString("if [ -x " + quote(program) + " ]; then\n\t" + quote(program) + ` guest "$1" "$2"` + "\nfi\n")
+	ours := "[ -x " + quote(program) + " ] && " + quote(program) + ` guest "$1" "$2"` + "\n"
 	if theirs == "" {
-		b.WriteString("exit 0\n")
+		b.WriteString(ours + "exit 0\n")
 		return b.String()
 	}
 	_, name, _ := strings.Cut(theirs, snippetsDir)
-	b.WriteString("# The hook script that the VM had before. Its exit code counts.\n")
-	b.WriteString(`exec "${0%/*}"/` + quote(name) + ` "$@"` + "\n")
+	call := `"${0%/*}"/` + quote(name) + ` "$@"` + "\n"
+	b.WriteString("# The hook script that the VM had before: its exit code counts. Before a stop it comes first, as ours may pause the guest.\n")
+	b.WriteString("if [ \"$2\" = pre-stop ]; then\n\t" + call + "\trc=$?\n\t" + ours + "\texit $rc\nfi\n")
+	b.WriteString(ours + "exec " + call)
 	return b.String()
 }
 

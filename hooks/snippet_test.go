@@ -49,19 +49,21 @@ func TestScript(t *testing.T) {
 	const name = `it's "theirs" $HOME.sh`
 	write(name, "#!/bin/sh\necho \"theirs $0 $*\"\nexit 5\n")
 	for _, test := range []struct {
-		what, text, want string
-		code             int
+		what, text, phase, want string
+		code                    int
 	}{
-		{"alone", script(program, ""), "ours guest 110 pre-start\n", 0},
-		{"with theirs", script(program, "local:snippets/"+name), "ours guest 110 pre-start\ntheirs " + dir + "/" + name + " 110 pre-start\n", 5},
-		{"uninstalled", script("/nowhere/qmchain-hook", "local:snippets/"+name), "theirs " + dir + "/" + name + " 110 pre-start\n", 5},
-		{"uninstalled and alone", script("/nowhere/qmchain-hook", ""), "", 0},
-		{"theirs is gone", script("/nowhere/qmchain-hook", "local:snippets/gone"), "", 127},
+		{"alone", script(program, ""), "pre-start", "ours guest 110 pre-start\n", 0},
+		{"with theirs", script(program, "local:snippets/"+name), "pre-start", "ours guest 110 pre-start\ntheirs " + dir + "/" + name + " 110 pre-start\n", 5},
+		{"uninstalled", script("/nowhere/qmchain-hook", "local:snippets/"+name), "pre-start", "theirs " + dir + "/" + name + " 110 pre-start\n", 5},
+		{"uninstalled and alone", script("/nowhere/qmchain-hook", ""), "pre-start", "", 0},
+		{"theirs is gone", script("/nowhere/qmchain-hook", "local:snippets/gone"), "post-start", "", 127},
+		{"before a stop", script(program, "local:snippets/"+name), "pre-stop", "theirs " + dir + "/" + name + " 110 pre-stop\nours guest 110 pre-stop\n", 5},
+		{"theirs is gone before a stop", script(program, "local:snippets/gone"), "pre-stop", "ours guest 110 pre-stop\n", 127},
 	} {
 		if !isOurs([]byte(test.text)) {
 			t.Errorf("%s: not known as ours", test.what)
 		}
-		cmd := exec.Command(write("script-"+strings.ReplaceAll(test.what, " ", "-"), test.text), "110", "pre-start")
+		cmd := exec.Command(write("script-"+strings.ReplaceAll(test.what, " ", "-"), test.text), "110", test.phase)
 		cmd.Env = []string{}
 		out, _ := cmd.Output() // the exit code tells
 		if string(out) != test.want || cmd.ProcessState.ExitCode() != test.code {

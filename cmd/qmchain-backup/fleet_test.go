@@ -127,6 +127,14 @@ func TestFleet(t *testing.T) {
 		!strings.Contains(string(text), `last_run_exit_code{guest="208"} 0`) || !strings.Contains(string(text), `last_run_exit_code{guest="mail-server"} 0`) {
 		t.Errorf("%s, %v", text, err)
 	}
+
+	// One guest's settings are wrong: the others have points.
+	if err := os.WriteFile(p.config, []byte("[guest.208]\ncompress = \"frob\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, stdout, stderr := p.run("208", "209"); code != 7 || !strings.Contains(stdout, "209/") || !strings.Contains(stderr, "frob") {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
 }
 
 // lineOf is the report's line about a guest.

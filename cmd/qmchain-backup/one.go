@@ -39,7 +39,7 @@ type run struct {
 
 	vm     *pveguest.VM // nil: a plain guest, or not found
 	result *backup.Result
-	err    error
+	err    error // from the beginning, where its settings are wrong
 	began  time.Time
 	took   time.Duration
 }
@@ -54,6 +54,9 @@ func (r *run) name() string {
 
 // do takes the point. An error with ui.ExitPartly or backup.ErrNeedsDoctor means that it stands all the same.
 func (r *run) do(ctx context.Context) error {
+	if r.err != nil {
+		return r.err
+	}
 	cfg, err := r.config()
 	if err != nil {
 		return err

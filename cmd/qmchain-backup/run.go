@@ -114,9 +114,13 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, aga
 	for _, guest := range guests.names {
 		own, err := c.of(guest, again)
 		if err != nil {
-			return fmt.Errorf("guest %s: %w", guest, err)
+			err = fmt.Errorf("guest %s: %w", guest, err)
+			if !guests.several() {
+				return err
+			}
+			own = c // and the others are backed up
 		}
-		runs[guest] = &run{cmd: own, fsys: fsys, node: n, guest: guest, guests: guests, shown: shown, log: u.Log.WithFields(nil), making: making}
+		runs[guest] = &run{err: err, cmd: own, fsys: fsys, node: n, guest: guest, guests: guests, shown: shown, log: u.Log.WithFields(nil), making: making}
 		if guests.several() {
 			runs[guest].log = u.Log.WithField("guest", guest)
 		}
