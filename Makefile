@@ -11,14 +11,14 @@ LINT_VERSION := v2.15.0
 # Built by the project's own Go: a linter of an older one can't read its code.
 LINT := $(CACHE)/golangci-lint-$(LINT_VERSION)-$(shell sed -n 's/^toolchain //p' go.mod)/golangci-lint
 
-.PHONY: build help setup demo test unit lint torture fuzz bench clean
+.PHONY: build help setup demo test unit lint torture fuzz bench deb deb-test clean
 
 build: ## build the programs into bin/, static
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags "-s -w -X qmchain/cmd/internal/cli.Version=$(VERSION)" -o bin/ ./cmd/...
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: ## install what building and testing need (Debian 12 or 13), as far as missing
 	@internal/testenv/setup.sh
@@ -47,7 +47,9 @@ unit: ## the tests alone, of PKG (./...)
 
 torture: ## a guest's long life with faults at random moments, 1,000 runs and more
 	$(GO) test -race -timeout 3h ./cmd/qmchain-backup -run TestTorture -v -torture-runs 260
-	$(GO) test -timeout 3h ./backup -run TestOrderOfWrites -v -order-runs 200
+	$(GO) test -timeout 3h ./backup -run 'TestOrderOfWrites|Every.*Command|AtEveryCommand' -v -order-runs 200 -every 1
+	$(GO) test -timeout 3h ./backup -run TestKeepCutOff -v -keep-steps 1
+	$(GO) test -timeout 3h ./cmd/qmchain-backup -run 'TestKilledBeforeEvery|TestKeepCycles' -v -every 1 -keep-cycles 100
 
 fuzz: ## fuzz each target for FUZZ (10s)
 	@internal/testenv/fuzz.sh $(FUZZ)
@@ -55,5 +57,11 @@ fuzz: ## fuzz each target for FUZZ (10s)
 bench: ## benchmarks of PKG (./...)
 	$(GO) test -run '^$$' -bench . -benchmem -timeout $(TIMEOUT) $(PKG)
 
-clean: ## remove what build made
-	rm -rf bin
+deb: ## build the Debian packages, for amd64 and arm64, into dist/
+	@packaging/build.sh dist
+
+deb-test: ## install, use, upgrade and remove the packages on a clean Debian 12 and 13 (as root, 10 minutes)
+	@packaging/test/run.sh
+
+clean: ## remove what build and deb made
+	rm -rf bin dist

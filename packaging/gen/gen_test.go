@@ -1,0 +1,235 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A program with all that a command line can have.
+const sample = `{
+	"name": "qmchain-sample", "help": "Does things.", "exit_codes": "    0  done as asked\n  130  interrupted\n",
+	"config": {"things": ["take"]},
+	"flags": [{"name": "quiet", "short": "q", "help": "Print only errors.", "config": true}],
+	"args": [],
+	"commands": [
+		{"name": "take", "help": "Take one. With --level it is ` + "`a -b`" + `.\n\n.dots and 'quotes' begin no macro.", "flags": [
+			{"name": "repo", "help": "The repository.", "value": "DIR", "required": true, "env": ["QMCHAIN_REPO"], "config": true},
+			{"name": "level", "help": "It's the [level]: how.", "value": "full|inc", "choices": ["full", "inc"], "default": "inc", "config": true},
+			{"name": "log", "short": "l", "help": "A log.", "value": "FILE,...", "repeated": true, "config": true},
+			{"name": "check", "help": "Check it.", "negatable": "no-check"}
+		], "args": [{"name": "vmid", "help": "The VMs.", "repeated": true}]},
+		{"name": "show", "help": "Show one.", "flags": [
+			{"name": "repo", "help": "The repository.", "value": "DIR", "required": true}
+		], "args": [{"name": "point", "help": "The point.", "required": true}]}
+	]
+}`
+
+func parsed(t *testing.T) program {
+	t.Helper()
+	p, err := parse("qmchain-sample", []byte(sample))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	parsed(t)
+	for why, text := range map[string]string{
+		"another program":      strings.Replace(sample, "qmchain-sample", "qmchain-other", 1),
+		"no commands":          `{"name": "qmchain-sample", "commands": []}`,
+		"no help":              strings.Replace(sample, "Check it.", "", 1),
+		"commands of commands": strings.Replace(sample, `"help": "Show one."`, `"help": "Show one.", "commands": [{"name": "x"}]`, 1),
+		"something new":        strings.Replace(sample, `"negatable"`, `"invertible"`, 1),
+	} {
+		if text == sample {
+			t.Fatalf("%s: the case is none", why)
+		}
+		if _, err := parse("qmchain-sample", []byte(text)); err == nil {
+			t.Errorf("%s: no error", why)
+		}
+	}
+}
+
+func TestPage(t *testing.T) {
+	t.Parallel()
+	g := generator{version: "1.2", date: "2026-11-20"}
+	got, err := g.page(parsed(t), ".\\\" a sample\n.SH FILES\nNone.\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `.\" Made from what the program says of itself with --describe.
+.TH QMCHAIN-SAMPLE 8 2026-11-20 "qmchain 1.2" "qmchain"
+.nh
+.SH NAME
+qmchain\-sample \- a sample
+.SH SYNOPSIS
+.B qmchain\-sample take
+\fB\-\-repo\fR=\fIDIR\fR [\fIoptions\fR] [\fIVMID...\fR]
+.br
+.B qmchain\-sample show
+\fB\-\-repo\fR=\fIDIR\fR \fIPOINT\fR
+.SH DESCRIPTION
+Does things.
+.SH COMMANDS
+.SS take
+Take one. With \-\-level it is \fBa \-b\fR.
+.br
+\&.dots and 'quotes' begin no macro.
+.TP
+.I VMID...
+The VMs.
+.TP
+\fB\-\-repo\fR=\fIDIR\fR
+The repository. Environment: QMCHAIN_REPO.
+.TP
+\fB\-\-level\fR=\fIfull|inc\fR
+It's the [level]: how. Default: inc.
+.TP
+\fB\-l\fR, \fB\-\-log\fR=\fIFILE,...\fR
+A log.
+.TP
+\fB\-\-check\fR, \fB\-\-no\-check\fR
+Check it.
+.SS show
+Show one.
+.TP
+.I POINT
+The point.
+.TP
+\fB\-\-repo\fR=\fIDIR\fR
+The repository.
+.SH OPTIONS
+All commands have these:
+.TP
+\fB\-q\fR, \fB\-\-quiet\fR
+Print only errors.
+.SH FILES
+None.
+.SH EXIT STATUS
+.TP
+.B 0
+done as asked
+.TP
+.B 130
+interrupted
+.SH SEE ALSO
+.BR qmchain (7),
+.BR qmchain.toml (5)
+`
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if _, err := g.page(parsed(t), ".SH FILES\n"); err == nil {
+		t.Error("a page without a description was let through")
+	}
+}
+
+func TestKeys(t *testing.T) {
+	t.Parallel()
+	g := generator{version: "1.2", date: "2026-11-20"}
+	p := parsed(t)
+	got, err := g.whole("@date@ @version@\n.\\\" @keys@\nend\n", []program{p})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "2026-11-20 1.2\n.TP\n.B [things]\n" + `\fBqmchain\-sample\fR \fBtake\fR:` + "\n" + `\fBlevel\fR, \fBlog\fR, \fBrepo\fR.` + "\nend\n"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	p.Config = map[string][]string{"things": {"gone"}}
+	if _, err := g.whole("", []program{p}); err == nil {
+		t.Error("a section for a command that there is not was let through")
+	}
+}
+
+func TestWrap(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("word ", 15) + "xx .dot"
+	for in, want := range map[string]string{
+		"one":          "one",
+		".one 'two":    `\&.one 'two`,
+		long:           strings.TrimSpace(strings.Repeat("word ", 15)) + " xx\n\\&.dot",
+		"  a \t b\n c": "a b c",
+	} {
+		if got := wrap(in); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+}
+
+// What bash offers, with stand-ins for the two functions of package bash-completion.
+func TestBash(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	script := filepath.Join(dir, "completion")
+	if err := os.WriteFile(script, []byte(bash(parsed(t))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	repo := filepath.Join(dir, "repo")
+	for _, point := range []string{"110/20261120T111523Z-81aa", "web/20261121T111523Z-0001"} {
+		if err := os.MkdirAll(filepath.Join(repo, point), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const points = "110/20261120T111523Z-81aa 110/latest web/20261121T111523Z-0001 web/latest"
+	const driver = `
+		shopt -u nullglob
+		_filedir() { COMPREPLY=("<file $*>"); }
+		compopt() { :; }
+		_init_completion() {
+			words=("${line[@]}"); cword=$((${#line[@]} - 1)); cur=${line[cword]}; prev=${line[cword - 1]}; split=false
+			[[ $cur == --*=* ]] && { prev=${cur%%=*}; cur=${cur#*=}; split=true; }
+			return 0
+		}
+		source "$1"; shift
+		line=(qmchain-sample "$@")
+		set -u
+		_qmchain_sample
+		echo "${COMPREPLY[*]-}"`
+	for _, c := range []struct {
+		line []string
+		want string
+	}{
+		{[]string{""}, "take show --quiet"},
+		{[]string{"s"}, "show"},
+		{[]string{"-q", "t"}, "take"},
+		{[]string{"take", "--le"}, "--level="},
+		{[]string{"take", "--level="}, "full inc"},
+		{[]string{"take", "--level", "f"}, "full"},
+		{[]string{"take", "-l", ""}, "<file >"},
+		{[]string{"take", "--repo", ""}, "<file -d>"},
+		{[]string{"take", "--no"}, "--no-check"},
+		{[]string{"show", "--level", ""}, ""}, // it has no such flag, and there is no repository
+		{[]string{"show", "--repo", repo, ""}, points},
+		{[]string{"show", "--repo=" + repo, "web/l"}, "web/latest"},
+		{[]string{"--quiet", "show", "--repo", repo, "110/2"}, "110/20261120T111523Z-81aa"},
+	} {
+		cmd := exec.Command("bash", append([]string{"--norc", "-c", driver, "bash", script}, c.line...)...)
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "QMCHAIN_CONFIG=" + filepath.Join(dir, "none"), "HOME=" + dir}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("%q: %v: %s", c.line, err, out)
+			continue
+		}
+		if got := strings.TrimSpace(string(out)); got != c.want {
+			t.Errorf("%q: %q, want %q", c.line, got, c.want)
+		}
+	}
+}
+
+// The run-time parts are in quotes of three shells.
+func TestQuoted(t *testing.T) {
+	t.Parallel()
+	const text = `it's $HOME "\1"`
+	out, err := exec.Command("sh", "-c", "printf %s "+quoted(text)).Output()
+	if err != nil || string(out) != text {
+		t.Errorf("%q, %v", out, err)
+	}
+}
