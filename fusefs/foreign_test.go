@@ -1,6 +1,7 @@
 package fusefs_test
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -94,6 +96,36 @@ func TestForeign(t *testing.T) {
 	}
 	if len(wanted) > 0 {
 		t.Errorf("no such sets: %v", wanted)
+	}
+}
+
+// What was read of another program's image is read again when that program has written to it.
+func TestForeignIsWrittenTo(t *testing.T) {
+	t.Parallel()
+	const name = "qmpbackup/a-default"
+	dir := filepath.Join(foreigntest.Unpack(t, name+"/"), name)
+	m := mountSet(t, dir, image.PoolOptions{})
+	guest, points := points(t, dir)
+	p := points.All[0]
+	d := &p.Disks[0]
+	path := m.path(guest, string(p.ID), d.Name+".raw")
+	if _, err := digestOf(path); err != nil {
+		t.Fatal(err)
+	}
+	layer, ok := points.Image(chain.Layer{Point: p, Disk: d})
+	if !ok {
+		t.Fatal("no image")
+	}
+	run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 0x77 0 1M", layer.Path)
+	time.Sleep(1500 * time.Millisecond) // lists are never older than a second
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := make([]byte, 1<<20)
+	if _, err := io.ReadFull(f, got); err != nil || !bytes.Equal(got, bytes.Repeat([]byte{0x77}, len(got))) {
+		t.Errorf("it reads %x…, %v", got[:16], err)
 	}
 }
 

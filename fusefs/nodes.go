@@ -15,6 +15,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"qmchain/chain/repo"
+	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
 )
 
@@ -422,9 +423,13 @@ func (x *disk) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 	} else {
 		h.file = o.file()
 	}
-	// What the kernel has of a disk stays right for good: another content would be another point, and inode. There is
-	// nothing to flush.
-	return h, fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH, 0
+	flags = fuse.FOPEN_NOFLUSH // there is nothing to flush
+	if o.now.Load().set.Kind() == source.Qmchain {
+		// What the kernel has of a disk stays right for good: another content would be another point, and inode. Other programs
+		// write to their images again, under the same names.
+		flags |= fuse.FOPEN_KEEP_CACHE
+	}
+	return h, flags, 0
 }
 
 // passes tells whether a disk can't be opened for a reason that is not its own.

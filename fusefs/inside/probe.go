@@ -15,6 +15,7 @@ import (
 type content struct {
 	kind, label, uuid string
 	devices           uint64 // of btrfs: how many make the file system
+	why               string // why it must not be mounted, though its type can be
 }
 
 // What holds no files itself.
@@ -36,9 +37,9 @@ type fileSystem struct {
 // fileSystems are those that can be mounted. Their names are always told to mount(8): guessing would let the guest choose
 // which of the kernel's parsers it meets.
 var fileSystems = map[string]fileSystem{
-	"ext2":    {driver: "ext4"},
-	"ext3":    {driver: "ext4", skip: "noload"},
-	"ext4":    {driver: "ext4", skip: "noload"},
+	"ext2":    {driver: "ext4", always: onError},
+	"ext3":    {driver: "ext4", skip: "noload", always: onError},
+	"ext4":    {driver: "ext4", skip: "noload", always: onError},
 	"xfs":     {driver: "xfs", skip: "norecovery", always: "nouuid"}, // two points of a guest have one UUID
 	"btrfs":   {driver: "btrfs", skip: "rescue=nologreplay"},
 	"ntfs":    {driver: "ntfs3"},
@@ -46,6 +47,9 @@ var fileSystems = map[string]fileSystem{
 	"exfat":   {driver: "exfat"},
 	"iso9660": {driver: "iso9660"},
 }
+
+// onError takes the place of what the file system itself says of errors: it can say that the kernel is to panic.
+const onError = "errors=continue"
 
 // probe tells what is in img by the marks of the formats' own specifications; kind is empty for what is not known.
 func probe(img image.Image) (content, error) {
@@ -71,7 +75,7 @@ func probe(img image.Image) (content, error) {
 	case mark(head, btrfsSuper+0x40, "_BHRfS_M") && len(head) >= btrfsSuper+0x22b:
 		b := head[btrfsSuper:]
 		return content{kind: "btrfs", label: text(b[0x12b:0x22b]), uuid: uuid(b[0x20:0x30]), devices: binary.LittleEndian.Uint64(b[0x88:])}, nil
-	case mark(head, extSuper+0x38, "\x53\xef") && len(head) >= extSuper+0x88:
+	case mark(head, extSuper+0x38, "\x53\xef") && len(head) >= extSuper+0xe8:
 		return ext(head[extSuper:]), nil
 	case mark(head, 3, "NTFS    ") && len(head) >= 512:
 		return content{kind: "ntfs", uuid: fmt.Sprintf("%016X", binary.LittleEndian.Uint64(head[0x48:]))}, nil
@@ -112,6 +116,10 @@ func ext(b []byte) content {
 		c.kind = "ext4"
 	case le.Uint32(b[0x5c:])&hasJournal != 0:
 		c.kind = "ext3"
+	}
+	if le.Uint32(b[0x5c:])&hasJournal != 0 && le.Uint32(b[0xe4:]) != 0 {
+		// A device number, which would be one of this host's: the kernel would replay what is there, and write to it.
+		c.why = "its journal is on another device"
 	}
 	return c
 }

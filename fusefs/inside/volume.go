@@ -85,11 +85,11 @@ func Find(ctx context.Context, disks []Disk, problem func(error)) ([]Volume, err
 		}
 	}
 	for i := range found {
-		if err := look(&found[i]); err != nil {
+		if err := cmp.Or(ctx.Err(), look(&found[i])); err != nil {
 			return nil, err
 		}
 	}
-	lvs, err := findLVs(found, problem)
+	lvs, err := findLVs(ctx, found, problem)
 	return append(found, lvs...), err
 }
 
@@ -102,6 +102,8 @@ func look(v *Volume) error {
 	v.Type, v.Label, v.UUID = c.kind, c.label, c.uuid
 	_, mountable := fileSystems[c.kind]
 	switch {
+	case c.why != "":
+		v.Why = c.why
 	case c.devices > 1:
 		v.Why = fmt.Sprintf("its file system is on %d devices", c.devices)
 	case c.kind == lvmMember:
@@ -118,8 +120,11 @@ func look(v *Volume) error {
 	return nil
 }
 
+// maxLVM is the most volumes of either kind that a group may have here. LVM itself gets slow long before.
+const maxLVM = 10_000
+
 // findLVs returns the logical volumes of the physical ones among volumes.
-func findLVs(volumes []Volume, problem func(error)) ([]Volume, error) {
+func findLVs(ctx context.Context, volumes []Volume, problem func(error)) ([]Volume, error) {
 	found := map[string][]physical{}
 	on := map[string][]string{} // disks by a PV's UUID
 	groups := map[string]*group{}
@@ -143,16 +148,24 @@ func findLVs(volumes []Volume, problem func(error)) ([]Volume, error) {
 	}
 	var lvs []Volume
 	for _, g := range groups {
+		if len(g.pvs) > maxLVM || len(g.lvs) > maxLVM {
+			problem(fmt.Errorf("volume group %s has more than %d volumes: %w", printable(g.name), maxLVM, errLVM))
+			continue
+		}
+		var in []string
+		for _, e := range g.pvs {
+			in = append(in, on[e.uuid]...)
+		}
+		slices.Sort(in)
+		in = slices.Compact(in)
 		for _, lv := range g.lvs {
-			v := Volume{LV: g.name + "/" + lv.name}
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			v := Volume{LV: g.name + "/" + lv.name, in: in}
 			for _, seg := range lv.segments {
 				v.Size += seg.extents * g.extent * lvmSector
 			}
-			for _, e := range g.pvs {
-				v.in = append(v.in, on[e.uuid]...)
-			}
-			slices.Sort(v.in)
-			v.in = slices.Compact(v.in)
 			img, err := g.image(lv, found)
 			if err != nil {
 				v.Why, v.lvm = err.Error(), lv.why != ""

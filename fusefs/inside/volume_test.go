@@ -54,6 +54,27 @@ func TestProbe(t *testing.T) {
 	}
 }
 
+// What a guest's ext4 says of the kernel's own devices, and of what it is to do about errors, does not count.
+func TestProbeHostileExt4(t *testing.T) {
+	t.Parallel()
+	path := makeFile(t, 8<<20)
+	run(t, "mkfs.ext4", "-q", "-F", path)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if v := find(t, disk(t, "scsi0", path)); v[0].Why != "" {
+		t.Errorf("as made: %s", v[0].Why)
+	}
+	if _, err := f.WriteAt([]byte{0x00, 0x07}, extSuper+0xe4); err != nil { // loop0
+		t.Fatal(err)
+	}
+	if v := find(t, disk(t, "scsi0", path)); !strings.Contains(v[0].Why, "journal") {
+		t.Errorf("with a journal on a device: %q", v[0].Why)
+	}
+}
+
 // partitioned makes a disk with a GPT, and returns where its partitions begin.
 func partitioned(t testing.TB, mib ...int) (path string, offsets []int64) {
 	t.Helper()
