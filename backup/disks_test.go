@@ -97,7 +97,7 @@ func TestImages(t *testing.T) {
 		"internal snapshots": {func(t *testing.T, path string) {
 			create(t, path, size)
 			testenv.Output(t, q.Img, "snapshot", "-c", "one", path)
-		}, chain.KindPersistent},
+		}, chain.KindMemory},
 		"preallocation": {func(t *testing.T, path string) { create(t, "-o", "preallocation=metadata", path, size) }, chain.KindPersistent},
 	} {
 		t.Run(what, func(t *testing.T) {
