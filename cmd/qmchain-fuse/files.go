@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/image"
 	"qmchain/chain/source"
+	"qmchain/cmd/internal/cli"
 	"qmchain/fusefs/inside"
 	"qmchain/internal/ui"
 )
@@ -26,7 +28,7 @@ type volumeFlags struct {
 	Part    string        `xor:"volume" placeholder:"N" help:"The partition, by its number."`
 	LV      string        `name:"lv" xor:"volume" placeholder:"VG/LV" help:"The logical volume of LVM."`
 	Journal string        `default:"replay" enum:"replay,skip" help:"What becomes of changes that are only in the file system's journal, as in each backup of a guest that was not frozen: replay, on something that is thrown away; or skip."`
-	Kernel  bool          `help:"Let this host's kernel read the file system, through a loop device. Fast, and needs no libguestfs; but the kernel is not made for disks that somebody has tampered with, and a guest could take over the host. Only for guests that you trust."`
+	Kernel  bool          `help:"Let this host's kernel read the file system, through a loop device. Fast, and needs no libguestfs; but the kernel is not made for disks that somebody has tampered with, and a guest could take over the host. Where udev runs, it also gives the loop device links in /dev/disk/by-uuid and by-label that the guest has chosen. Only for guests that you trust."`
 	Timeout time.Duration `default:"5m" placeholder:"TIME" help:"Give up if nothing happens for so long."`
 }
 
@@ -169,6 +171,25 @@ func (f *volumeFlags) choose(o *opened) (*inside.Volume, error) {
 	return nil, fmt.Errorf("point %s: %w", o.name(), err)
 }
 
+// args are the arguments of a process that goes on with the command files. The point is the caller's to name.
+func (f *volumeFlags) args(common *cli.Common, more ...string) []string {
+	args := append([]string{"files", "--repo=" + f.Repo, "--journal=" + f.Journal, "--timeout=" + f.Timeout.String()}, more...)
+	for _, o := range []struct{ name, value string }{{"disk", f.Disk}, {"part", f.Part}, {"lv", f.LV}, {"log-file", common.LogFile}} {
+		if o.value != "" {
+			args = append(args, "--"+o.name+"="+o.value)
+		}
+	}
+	for _, o := range []struct {
+		name string
+		on   bool
+	}{{"kernel", f.Kernel}, {"quiet", common.Quiet}, {"verbose", common.Verbose}} {
+		if o.on {
+			args = append(args, "--"+o.name)
+		}
+	}
+	return args
+}
+
 // source is how mount(8) shows a view of the point.
 func (o *opened) source(v *inside.Volume) string {
 	if v == nil {
@@ -177,17 +198,32 @@ func (o *opened) source(v *inside.Volume) string {
 	return o.name() + ":" + v.String()
 }
 
-// start makes the files visible: at dir, or for this process alone. What ends it early is ctx's cause.
-func (f *volumeFlags) start(ctx context.Context, u *ui.UI, o *opened, dir, temp string, allowOther bool) (*inside.View, error) {
+// place is where files are made visible.
+type place struct {
+	dir        string // empty: for this process alone
+	temp       string
+	allowOther bool
+	background bool // this process is about to let go of the terminal
+}
+
+// start makes the files visible. What ends it early is ctx's cause.
+func (f *volumeFlags) start(ctx context.Context, u *ui.UI, common *cli.Common, o *opened, at place) (*inside.View, error) {
 	v, err := f.choose(o)
 	if err != nil {
 		return nil, err
 	}
 	skip := f.Journal == "skip"
 	if f.Kernel {
-		return inside.Kernel{
-			Volume: *v, SkipJournal: skip, Dir: dir, Source: o.source(v), Temp: temp, Log: u.Log,
-		}.Mount(ctx)
+		server, err := f.server(common, o, at)
+		if err != nil {
+			return nil, err
+		}
+		view, err := inside.Kernel{Volume: *v, SkipJournal: skip, Dir: at.dir, Source: o.source(v), Server: server}.Mount(ctx)
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.Exited() {
+			err = ui.Reported(exit.ExitCode())
+		}
+		return view, err
 	}
 	what := "what the guest's fstab names"
 	if v != nil {
@@ -195,8 +231,8 @@ func (f *volumeFlags) start(ctx context.Context, u *ui.UI, o *opened, dir, temp 
 	}
 	u.Log.Infof("%s: starting an appliance for %s", o.name(), what)
 	view, err := inside.Appliance{
-		Volume: v, Disks: o.disks, SkipJournal: skip, Dir: dir, AllowOther: allowOther, Source: o.source(v),
-		Temp: temp, Env: os.Environ(), Log: u.Log,
+		Volume: v, Disks: o.disks, SkipJournal: skip, Dir: at.dir, AllowOther: at.allowOther, Source: o.source(v),
+		Temp: at.temp, Env: os.Environ(), Log: u.Log,
 	}.Start(ctx)
 	if err != nil && v == nil && ctx.Err() == nil && !errors.Is(err, inside.ErrNoAppliance) {
 		return nil, ui.Hint(fmt.Errorf("point %s: %w", o.name(), inside.WithVolumes(err, o.volumes)), "--disk, --part and --lv choose one volume")

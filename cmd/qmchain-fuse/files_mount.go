@@ -25,20 +25,26 @@ import (
 //   - the first is the user's. It waits until the files are there, and ends;
 //   - the keeper stays. It has nothing to do but to take away what is left when the worker is gone, however that came;
 //   - the worker serves the disks, and is the parent of the appliance. It ends in an orderly way when the keeper dies.
+//
+// With --kernel the worker mounts, and a fourth process, its child, serves the volume: see inside.File. The commands that read
+// have such a child, too.
 type filesCmd struct {
 	volumeFlags `embed:""`
 	Foreground  bool   `short:"f" help:"Stay in the foreground, until the files are unmounted or a signal comes."`
-	AllowOther  bool   `help:"Let other users in, as far as the modes of the guest's files do."`
+	AllowOther  bool   `help:"Let other users in, as far as the modes of the guest's files do. With --kernel they can't be kept out of the mount itself: without this it must be below a folder of yours that is closed to all others, as /root is. A user of the guest counts as the user of this host with the same number."`
 	ReadyFD     int    `hidden:""`
-	Work        string `hidden:""` // of a worker: the folder for temporary files
+	Work        string `hidden:""` // of a worker and a volume's server: the folder for temporary files
+	Serve       bool   `hidden:""` // this is a volume's server
 	Point       string `arg:"" help:"The point: GUEST/latest, GUEST/ID, or GUEST/ and the beginning of an id."`
 	Mnt         string `arg:"" help:"The folder to mount the files on."`
 }
 
 func (c *filesCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 	switch {
+	case c.Serve:
+		return explainFiles(c.serve(ctx, u))
 	case c.Work != "":
-		return explainFiles(c.work(ctx, u))
+		return explainFiles(c.work(ctx, u, common))
 	case c.Foreground:
 		return explainFiles(c.keep(ctx, u, common))
 	}
@@ -57,21 +63,10 @@ func (c *filesCmd) readyLimit() time.Duration { return c.Timeout + readyLimit }
 
 // args are the arguments of a server, keeper or worker.
 func (c *filesCmd) args(common *cli.Common, more ...string) []string {
-	args := append([]string{"files", "--repo=" + c.Repo, "--journal=" + c.Journal, "--timeout=" + c.Timeout.String(), "--ready-fd=" + strconv.Itoa(readyFD)}, more...)
-	for _, f := range []struct{ name, value string }{{"disk", c.Disk}, {"part", c.Part}, {"lv", c.LV}, {"log-file", common.LogFile}} {
-		if f.value != "" {
-			args = append(args, "--"+f.name+"="+f.value)
-		}
+	if c.AllowOther {
+		more = append(more, "--allow-other")
 	}
-	for _, f := range []struct {
-		name string
-		on   bool
-	}{{"kernel", c.Kernel}, {"allow-other", c.AllowOther}, {"quiet", common.Quiet}, {"verbose", common.Verbose}} {
-		if f.on {
-			args = append(args, "--"+f.name)
-		}
-	}
-	return append(args, "--", c.Point, c.Mnt)
+	return append(c.volumeFlags.args(common, append(more, "--ready-fd="+strconv.Itoa(readyFD))...), "--", c.Point, c.Mnt)
 }
 
 // keep starts a worker, waits for its end, and sees that nothing is left of it.
@@ -82,6 +77,9 @@ func (c *filesCmd) keep(ctx context.Context, u *ui.UI, common *cli.Common) (err 
 	}
 	defer place.Close()
 	c.Mnt = mnt
+	if err := c.checkSecluded(); err != nil {
+		return err
+	}
 	if c.Repo, err = filepath.Abs(c.Repo); err != nil {
 		return err
 	}
@@ -135,6 +133,20 @@ func (c *filesCmd) keep(ctx context.Context, u *ui.UI, common *cli.Common) (err 
 	return nil
 }
 
+// checkSecluded sees that other users can't get to a mount of the kernel's, if they are not to.
+func (c *filesCmd) checkSecluded() error {
+	if !c.Kernel || c.AllowOther || os.Geteuid() != 0 { // who is not root gets no such mount
+		return nil
+	}
+	secluded, err := inside.Secluded(c.Mnt)
+	if err != nil || secluded {
+		return err
+	}
+	return ui.Exit(ui.ExitUsage, ui.Hint(
+		fmt.Errorf("%s: with --kernel all users of this host would be let into it: no folder above it is root's and closed to others", c.Mnt),
+		"mount it below a folder with mode 0700, as /root; or let them in with --allow-other"))
+}
+
 // takePlace resolves a mount point and locks it, so that there is one keeper for a place, whose end can be waited for.
 func takePlace(mnt string) (string, *os.File, error) {
 	path, err := filepath.Abs(mnt)
@@ -160,7 +172,7 @@ func takePlace(mnt string) (string, *os.File, error) {
 }
 
 // work mounts the files and stays until the mount ends.
-func (c *filesCmd) work(ctx context.Context, u *ui.UI) error {
+func (c *filesCmd) work(ctx context.Context, u *ui.UI, common *cli.Common) error {
 	// The keeper's death is told several times, as its threads end one after the other. Only the first is to count.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM)
 	defer clearAfter(context.WithoutCancel(ctx), os.Getppid(), c.Work)
@@ -170,7 +182,7 @@ func (c *filesCmd) work(ctx context.Context, u *ui.UI) error {
 	}
 	defer o.close()
 	starting, _, stop := newTimer(ctx, c.Timeout)
-	view, err := c.start(starting, u, o, c.Mnt, c.Work, c.AllowOther)
+	view, err := c.start(starting, u, common, o, place{c.Mnt, c.Work, c.AllowOther, !c.Foreground})
 	stop()
 	if err != nil {
 		return err

@@ -36,9 +36,8 @@ func startSelf(args []string, session bool) (*self, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What else was inherited, a script's lock for one, is not for a server to keep.
-	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("close what was inherited: %w", err)
+	if err := keepInherited(); err != nil {
+		return nil, err
 	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
@@ -75,6 +74,14 @@ func startSelf(args []string, session bool) (*self, error) {
 	return s, nil
 }
 
+// keepInherited keeps from children what this process has inherited: a script's lock, for one, is not for a server to keep.
+func keepInherited() error {
+	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("close what was inherited: %w", err)
+	}
+	return nil
+}
+
 // errEnded means that a server has ended before it was ready; it has said why.
 var errEnded = errors.New("the server ended at once")
 
@@ -92,6 +99,9 @@ func (s *self) awaitReady(ctx context.Context, limit time.Duration) error {
 	}
 }
 
+// killLimit is how long a killed process may take to end.
+const killLimit = 10 * time.Second
+
 // failed ends a server, if it has not ended by itself, and returns why it did: its own exit code, where why is nil or
 // errEnded; a nil error for its success.
 func (s *self) failed(why error) error {
@@ -103,7 +113,11 @@ func (s *self) failed(why error) error {
 	case err = <-s.ended:
 	case <-time.After(endLimit):
 		_ = s.Kill()
-		err = <-s.ended
+		select {
+		case err = <-s.ended:
+		case <-time.After(killLimit):
+			err = errors.New("it does not end, though it was killed: it waits for what it reads")
+		}
 	}
 	if why != nil && !errors.Is(why, errEnded) {
 		return why

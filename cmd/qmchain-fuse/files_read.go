@@ -16,6 +16,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"qmchain/cmd/internal/cli"
 	"qmchain/fusefs/inside"
 	"qmchain/internal/ui"
 )
@@ -91,12 +92,12 @@ type volumeJSON struct {
 	Why   string `json:"why,omitempty"` // it can't be shown by itself
 }
 
-func (c *lsCmd) Run(ctx context.Context, u *ui.UI) error {
+func (c *lsCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 	point, name, ok := strings.Cut(string(c.Path), ":")
 	if !ok {
 		return explainFiles(c.listVolumes(ctx, u, point))
 	}
-	return explainFiles(c.view(ctx, u, []string{string(c.Path)}, func(ctx context.Context, view *inside.View, t *timer, _ []string) error {
+	return explainFiles(c.view(ctx, u, common, []string{string(c.Path)}, func(ctx context.Context, view *inside.View, t *timer, _ []string) error {
 		list, err := inside.List(ctx, view.Root(), name, t.progress)
 		if err != nil {
 			return err
@@ -153,8 +154,8 @@ func (c *lsCmd) listVolumes(ctx context.Context, u *ui.UI, point string) error {
 	return u.Result(c.JSON, out, func(w io.Writer) error { return inside.Print(w, o.volumes) })
 }
 
-func (c *catCmd) Run(ctx context.Context, u *ui.UI) error {
-	return explainFiles(c.view(ctx, u, c.Path, func(ctx context.Context, view *inside.View, t *timer, names []string) error {
+func (c *catCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
+	return explainFiles(c.view(ctx, u, common, c.Path, func(ctx context.Context, view *inside.View, t *timer, names []string) error {
 		for _, name := range names {
 			f, err := inside.OpenFile(view.Root(), name)
 			if err != nil {
@@ -191,7 +192,7 @@ func copyOut(ctx context.Context, w io.Writer, f *os.File, t *timer) error {
 	}
 }
 
-func (c *cpCmd) Run(ctx context.Context, u *ui.UI) error {
+func (c *cpCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 	if len(c.Path) < 2 {
 		return ui.Exit(ui.ExitUsage, errors.New("where to copy to is missing"))
 	}
@@ -202,7 +203,7 @@ func (c *cpCmd) Run(ctx context.Context, u *ui.UI) error {
 		return ui.Exit(ui.ExitUsage, fmt.Errorf("%s: to copy several it must be a folder that is there", to))
 	}
 	skipped := 0
-	err = c.view(ctx, u, from, func(ctx context.Context, view *inside.View, t *timer, names []string) error {
+	err = c.view(ctx, u, common, from, func(ctx context.Context, view *inside.View, t *timer, names []string) error {
 		copier := inside.Copier{
 			Root: view.Root(), Recursive: c.Recursive, Preserve: c.Preserve, Progress: t.progress,
 			Skipped: func(name string) {
@@ -232,7 +233,7 @@ func (c *cpCmd) Run(ctx context.Context, u *ui.UI) error {
 }
 
 // view shows the files of a point to do, which gets the paths in it. They are gone when it returns.
-func (f *volumeFlags) view(ctx context.Context, u *ui.UI, refs []string, do func(context.Context, *inside.View, *timer, []string) error) (err error) {
+func (f *volumeFlags) view(ctx context.Context, u *ui.UI, common *cli.Common, refs []string, do func(context.Context, *inside.View, *timer, []string) error) (err error) {
 	point, names, err := splitRefs(refs)
 	if err != nil {
 		return ui.Exit(ui.ExitUsage, err)
@@ -253,12 +254,12 @@ func (f *volumeFlags) view(ctx context.Context, u *ui.UI, refs []string, do func
 	}()
 	ctx, t, stop := newTimer(ctx, f.Timeout)
 	defer stop()
-	view, err := f.start(ctx, u, o, "", temp.Dir, false)
+	view, err := f.start(ctx, u, common, o, place{temp: temp.Dir})
 	if err != nil {
 		return err
 	}
 	defer view.Close()
-	// What waits for an appliance that hangs gets an error when that is gone.
+	// What waits for an appliance or a share that hangs gets an error when the view is gone.
 	defer context.AfterFunc(ctx, view.Close)()
 	t.progress()
 	if err = do(ctx, view, t, names); err != nil && ctx.Err() != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,10 +28,15 @@ import (
 //	exits CODE PROGRAM...   run a program, which must end with that code
 //	hold FILE, release      open a file; close it
 //	unmounted DIR           wait until no files are mounted there
-//	killserver WHICH        send SIGKILL to: keeper, worker, guestmount or qemu
-//	termserver WHICH, stopserver WHICH
+//	killserver WHICH...     send SIGKILL to: keeper, worker, server, guestmount or qemu
+//	termserver WHICH..., stopserver WHICH...
 //	                        send SIGTERM, SIGSTOP
 //	clean                   wait until nothing is left: no process, mount, loop device or temporary file
+//	mkshare DIR MNT         mount DIR at MNT, as a share is
+//	share WHEN              have reads of images in it hang: now; or mounting: while there is a loop device on the point; or not
+//	atloop                  wait until there is one
+//
+// $OPEN is a folder that every user can get to.
 func TestFilesScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/files",
@@ -40,8 +46,15 @@ func TestFilesScripts(t *testing.T) {
 			env.Setenv("TMPDIR", temp)
 			env.Setenv("QMCHAIN_REPO", filepath.Join(env.WorkDir, "repo"))
 			env.Values["held"] = map[string]*os.File{}
+			env.Values["share"] = &hangingShare{}
+			open, err := os.MkdirTemp("", "qmchain-open-")
+			if err != nil {
+				return err
+			}
+			env.Setenv("OPEN", open)
+			env.Defer(func() { _ = os.RemoveAll(open) })
 			env.Defer(func() { cleanUpFiles(t, env.WorkDir) })
-			return os.MkdirAll(temp, 0o700)
+			return errors.Join(os.Chmod(open, 0o755), os.MkdirAll(temp, 0o700))
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"mkguest": mkGuest,
@@ -54,10 +67,15 @@ func TestFilesScripts(t *testing.T) {
 				})
 			},
 			"release":    release,
-			"killserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, args[0], unix.SIGKILL) },
-			"termserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, args[0], unix.SIGTERM) },
-			"stopserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, args[0], unix.SIGSTOP) },
+			"killserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGKILL, args...) },
+			"termserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGTERM, args...) },
+			"stopserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGSTOP, args...) },
 			"clean":      clean,
+			"mkshare":    mkShare,
+			"share":      setShare,
+			"atloop": func(ts *testscript.TestScript, _ bool, _ []string) {
+				eventually(ts, "a loop device", func() bool { return hasLoop(ts.Getenv("POINT")) })
+			},
 		},
 	})
 }
@@ -162,10 +180,14 @@ func filesProcesses(dir string) map[string][]int {
 			kind = "qemu"
 		case name == "guestmount":
 			kind = "guestmount"
+		case bytes.Contains(args, []byte("\x00--serve\x00")):
+			kind = "server"
 		case bytes.Contains(args, []byte("\x00--work=")):
 			kind = "worker"
 		case bytes.Contains(args, []byte("\x00--foreground\x00")):
 			kind = "keeper"
+		case strings.HasPrefix(name, "qmchain-fuse"):
+			kind = "reader"
 		default:
 			continue
 		}
@@ -177,13 +199,17 @@ func filesProcesses(dir string) map[string][]int {
 	return found
 }
 
-func signalFiles(ts *testscript.TestScript, which string, signal unix.Signal) {
-	pids := filesProcesses(ts.Getenv("WORK"))[which]
-	if len(pids) == 0 {
-		ts.Fatalf("no %s: %v", which, filesProcesses(ts.Getenv("WORK")))
-	}
-	for _, pid := range pids {
-		ts.Check(unix.Kill(pid, signal))
+func signalFiles(ts *testscript.TestScript, signal unix.Signal, which ...string) {
+	all := filesProcesses(ts.Getenv("WORK"))
+	for _, kind := range which {
+		if len(all[kind]) == 0 {
+			ts.Fatalf("no %s: %v", kind, all)
+		}
+		for _, pid := range all[kind] {
+			if err := unix.Kill(pid, signal); err != nil && len(which) == 1 { // else the one before may have taken it along
+				ts.Fatalf("kill %d: %v", pid, err)
+			}
+		}
 	}
 }
 
@@ -194,17 +220,14 @@ func leftovers(dir, point string) (left []string) {
 	}
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, dir+"/") {
+		if strings.Contains(line, dir+"/") && !strings.Contains(line, " - fuse."+shareType+" ") {
 			left = append(left, line)
 		}
 	}
 	temp, _ := filepath.Glob(filepath.Join(dir, "a tmp/*"))
 	left = append(left, temp...)
-	loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	for _, f := range loops {
-		if name, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(name), "/qmchain 110 "+point) {
-			left = append(left, f)
-		}
+	if hasLoop(point) {
+		left = append(left, "loop device")
 	}
 	return left
 }

@@ -31,6 +31,7 @@
 //
 // The appliance gets the disks from an NBD server on a unix socket, in a folder with its other files. The loop device gets
 // its volume from a FUSE file system of one file, which is mounted nowhere: it has no path, and ends with the process that
-// has its descriptor. The loop device goes with its last user. So does the mount for one reading (View.Root); the
+// serves it. That is a process of its own: the kernel's file systems read in ways that no signal ends, and one that waits for
+// itself would be there until the host is restarted. The loop device goes with its last user. So does the mount for one reading (View.Root); the
 // appliance's is in a mount namespace of its own where that is allowed, which is for root.
 package inside

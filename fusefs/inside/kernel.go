@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 
-	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,12 +24,11 @@ type Kernel struct {
 	Dir string
 	// Source is what losetup(8) shows, at most 200 bytes of it.
 	Source string
-	// Temp is the folder for what a replay writes: into a file without a name.
-	Temp string
-	Log  logrus.FieldLogger
+	// Server starts a process that calls File.Serve, for the same volume and source. It must not be reused.
+	Server *exec.Cmd
 }
 
-// Mount mounts the volume.
+// Mount mounts the volume. When ctx ends meanwhile, what the kernel is reading fails, and Mount returns ctx's cause.
 //
 // The order is such that nothing needs to be undone after a kill: the FUSE file system has no place in the tree, the loop
 // device goes with its last user, and a mount without a place goes with the descriptor. Only what has a mount point stays,
@@ -41,50 +40,73 @@ func (k Kernel) Mount(ctx context.Context) (*View, error) {
 	if k.Volume.Why != "" {
 		return nil, fmt.Errorf("%s: %w: %s", k.Volume, ErrNoFiles, k.Volume.Why)
 	}
-	temp := k.Temp
-	flags, access := 0, unix.O_RDWR
-	if k.SkipJournal {
-		temp, flags, access = "", unix.LO_FLAGS_READ_ONLY, unix.O_RDONLY
-	}
-	disk, err := newOverlay(k.Volume.img, temp)
+	file, err := startFile(ctx, k.Server, k.Source)
 	if err != nil {
-		return nil, err
-	}
-	file, err := serveOneFile(disk, k.Source, k.Log)
-	if err != nil {
-		_ = disk.Close()
 		return nil, err
 	}
 	v := &View{done: make(chan struct{})}
 	go func() {
-		<-file.served
-		_ = disk.Close()
+		<-file.ended
+		v.err = file.err
 		close(v.done)
 	}()
-	mount, err := k.mount(file, access, flags)
+	inTime := context.AfterFunc(ctx, file.abort)
+	mount, err := k.mount(file)
 	file.detach()
+	if !inTime() {
+		if err == nil {
+			_ = unix.Close(mount)
+		}
+		v.await()
+		return nil, fmt.Errorf("%s: %w", k.Volume, context.Cause(ctx))
+	}
 	if err != nil {
+		file.end(func() {})
 		v.await()
 		return nil, fmt.Errorf("%s: %w", k.Volume, err)
 	}
 	if k.Dir == "" {
 		v.root = os.NewFile(uintptr(mount), "/")
 		// The mount goes with its descriptor, and with it the loop device and the file.
-		v.stop = func() { _ = v.root.Close() }
+		v.stop = func() { file.end(func() { _ = v.root.Close() }) }
 		return v, nil
 	}
-	v.stop = func() { _ = Detach(context.WithoutCancel(ctx), k.Dir) }
+	v.stop = func() { file.end(func() { _ = Detach(context.WithoutCancel(ctx), k.Dir) }) }
 	err = unix.MoveMount(mount, "", unix.AT_FDCWD, k.Dir, unix.MOVE_MOUNT_F_EMPTY_PATH)
-	_ = unix.Close(mount)
+	letGo := func() { _ = unix.Close(mount) }
 	if err != nil {
+		file.end(letGo)
 		v.await()
 		return nil, fmt.Errorf("mount at %s: %w", k.Dir, err)
 	}
+	letGo()
 	return v, nil
 }
 
+// Secluded tells whether nobody but this process's user (and root) can get to a mount point, whatever the modes in the mount
+// allow: one of the folders above it is closed to all others. The kernel lets into a mount of its own whoever gets there, and
+// the users of a guest have numbers that are other people's here. The path must have no symbolic links.
+func Secluded(dir string) (bool, error) {
+	for dir != "/" {
+		dir = filepath.Dir(dir)
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil {
+			return false, fmt.Errorf("%s: %w", dir, err)
+		}
+		// With an ACL the group's bits bound what it grants.
+		if int(st.Uid) == os.Geteuid() && st.Mode&0o011 == 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
 // mount puts a loop device on the file, and mounts it.
-func (k Kernel) mount(file *oneFile, access, flags int) (int, error) {
+func (k Kernel) mount(file *oneFile) (int, error) {
+	flags, access := 0, unix.O_RDWR
+	if k.SkipJournal {
+		flags, access = unix.LO_FLAGS_READ_ONLY, unix.O_RDONLY
+	}
 	backing, err := file.open(access)
 	if err != nil {
 		return -1, err

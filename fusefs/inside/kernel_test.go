@@ -1,15 +1,62 @@
 package inside
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"qmchain/chain/image"
 )
+
+// The server of a kernel mount is this test program once more, which gets the path of a raw disk here.
+const (
+	serveDisk = "QMCHAIN_TEST_SERVE_DISK"
+	serveTemp = "QMCHAIN_TEST_SERVE_TEMP" // empty: read-only
+	serveName = "QMCHAIN_TEST_SERVE_NAME"
+)
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(serveDisk); path != "" {
+		if err := serveRaw(path); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func serveRaw(path string) error {
+	img, err := image.NewPool(image.PoolOptions{}).Open(-1, image.Layer{Path: path, Name: "scsi0", Format: image.Raw, Bytes: -1})
+	if err != nil {
+		return err
+	}
+	temp := os.Getenv(serveTemp)
+	return File{
+		Volume: Volume{Disk: "scsi0", img: img}, SkipJournal: temp == "", Source: os.Getenv(serveName), Temp: temp, Log: quiet(),
+	}.Serve(context.Background())
+}
+
+// kernel is a mount of the volume that is the whole of the raw disk at path.
+func kernel(t testing.TB, path string, v Volume, skip bool) Kernel {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Stderr = os.Stderr
+	temp := t.TempDir()
+	if skip {
+		temp = ""
+	}
+	cmd.Env = append(os.Environ(), serveDisk+"="+path, serveTemp+"="+temp, serveName+"="+t.Name())
+	return Kernel{Volume: v, SkipJournal: skip, Source: t.Name(), Server: cmd}
+}
 
 // loops returns the loop devices of a source.
 func loops(t testing.TB, source string) (names []string) {
@@ -43,8 +90,8 @@ func TestKernel(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			source := t.Name() + kind
-			view, err := Kernel{Volume: v, SkipJournal: skip, Source: source, Temp: t.TempDir(), Log: quiet()}.Mount(t.Context())
+			source := t.Name()
+			view, err := kernel(t, path, v, skip).Mount(t.Context())
 			if err != nil {
 				t.Fatalf("%s: %v", kind, err)
 			}
@@ -82,7 +129,7 @@ func TestKernelJournal(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, skip := range []bool{false, true} {
-		view, err := Kernel{Volume: v, SkipJournal: skip, Source: t.Name(), Temp: t.TempDir(), Log: quiet()}.Mount(t.Context())
+		view, err := kernel(t, path, v, skip).Mount(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -114,7 +161,9 @@ func TestKernelMountPoint(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	view, err := Kernel{Volume: v, Dir: dir, Source: t.Name(), Temp: t.TempDir(), Log: quiet()}.Mount(t.Context())
+	k := kernel(t, path, v, false)
+	k.Dir = dir
+	view, err := k.Mount(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,5 +203,109 @@ func TestKernelMountPoint(t *testing.T) {
 	noLoops(t, t.Name())
 	if ours, err := Mounted(dir); err != nil || ours {
 		t.Errorf("mounted: %v, %v", ours, err)
+	}
+}
+
+// The death of the server is the end of the mount: who waits for it gets an error, and is told why.
+func TestKernelServerDies(t *testing.T) {
+	t.Parallel()
+	path := makeFile(t, 16<<20)
+	makers["ext4"].make(t, path, tree(t))
+	v, err := Choose(find(t, disk(t, "scsi0", path)), Want{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := kernel(t, path, v, false)
+	view, err := k.Mount(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer view.Close()
+	if err := k.Server.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-view.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("no end")
+	}
+	if view.Err() == nil {
+		t.Error("ended without an error")
+	}
+	if got, err := readFile(t.Context(), view, "/etc/fstab"); err == nil {
+		t.Errorf("read %q", got)
+	}
+	view.Close()
+	noLoops(t, t.Name())
+}
+
+// A server that does not answer holds up neither a mount nor its end, once the context has ended.
+func TestKernelServerHangs(t *testing.T) {
+	t.Parallel()
+	path := makeFile(t, 16<<20)
+	makers["ext4"].make(t, path, tree(t))
+	v, err := Choose(find(t, disk(t, "scsi0", path)), Want{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("enough")
+	k := kernel(t, path, v, false)
+	k.Server.Path, k.Server.Args = "/bin/sh", []string{"sh", "-c", "exec sleep 600"}
+	time.AfterFunc(200*time.Millisecond, func() { cancel(why) })
+	began := time.Now()
+	if _, err := k.Mount(ctx); !errors.Is(err, why) {
+		t.Errorf("mount: %v", err)
+	}
+
+	k = kernel(t, path, v, false)
+	view, err := k.Mount(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Server.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	view.Close()
+	select {
+	case <-view.Done():
+	default:
+		t.Error("not at its end")
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("took %s", took)
+	}
+	noLoops(t, t.Name())
+}
+
+func TestSecluded(t *testing.T) {
+	t.Parallel()
+	top, err := os.MkdirTemp("", "qmchain-secluded-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(top) })
+	dir := filepath.Join(top, "between/mnt")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		top  os.FileMode
+		uid  int // of top
+		want bool
+	}{
+		{0o700, 0, true}, {0o744, 0, true}, {0o755, 0, false}, {0o710, 0, false}, {0o701, 0, false}, {0o700, 65534, false},
+	} {
+		for path, mode := range map[string]os.FileMode{top: test.top, filepath.Dir(dir): 0o755} {
+			if err := os.Chmod(path, mode); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Chown(top, test.uid, 0); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := Secluded(dir); err != nil || got != test.want {
+			t.Errorf("%o of %d: %v, %v", test.top, test.uid, got, err)
+		}
 	}
 }
