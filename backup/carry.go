@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -65,6 +66,35 @@ func (c *carrier) checkStopped(ctx context.Context) error {
 	return err
 }
 
+// running is a job that is under way; "": none is.
+func running(jobs []qmp.Job) string {
+	for _, j := range jobs {
+		if j.Status != "concluded" && j.Status != "null" {
+			return fmt.Sprintf("%s (%s)", j.ID, j.Type)
+		}
+	}
+	return ""
+}
+
+// checkAlone makes sure that nobody but the guest writes to its disks: jobs and exports do so although it has stopped.
+func (c *carrier) checkAlone(ctx context.Context) error {
+	jobs, err := c.qmp.QueryJobs(ctx)
+	if err != nil {
+		return err
+	}
+	if job := running(jobs); job != "" {
+		return fmt.Errorf("job %s is under way: %w", job, ErrBusy)
+	}
+	var exports []struct{ ID string }
+	if err := c.qmp.Execute(ctx, "query-block-exports", nil, &exports); err != nil {
+		return err
+	}
+	if len(exports) > 0 {
+		return fmt.Errorf("QEMU exports disks to others (%s): %w", exports[0].ID, ErrBusy)
+	}
+	return nil
+}
+
 // save saves the bitmaps of a guest that has stopped, in place of what was saved before. It returns how many disks' it saved.
 // What can't be saved of a disk is refused, with the reason; the others' are saved all the same.
 func (c *carrier) save(ctx context.Context) (disks int, err error) {
@@ -91,6 +121,8 @@ func (c *carrier) save(ctx context.Context) (disks int, err error) {
 	}
 	refused := make(refusals)
 	pid, pidErr := c.pid()
+	alone := c.checkAlone(ctx)
+	blocked := cmp.Or(alone, pidErr)
 	first := time.Now()
 	sidecars := 0
 	for _, name := range slices.Sorted(maps.Keys(v.nodes)) {
@@ -98,7 +130,7 @@ func (c *carrier) save(ctx context.Context) (disks int, err error) {
 		if n.info.ReadOnly || !slices.ContainsFunc(n.info.DirtyBitmaps, tracked) {
 			continue
 		}
-		d, err := c.saveDisk(ctx, v, n, sidecars, pid, pidErr)
+		d, err := c.saveDisk(ctx, v, n, sidecars, pid, blocked)
 		sidecars++
 		if err == nil {
 			saved.Disks = append(saved.Disks, d)
@@ -134,7 +166,16 @@ func (c *carrier) save(ctx context.Context) (disks int, err error) {
 	if err := c.checkStopped(ctx); err != nil {
 		return 0, err
 	}
-	if err := c.kept.writeRefusals(c.guest, refused); err != nil || len(saved.Disks) == 0 {
+	if err := c.kept.writeRefusals(c.guest, refused); err != nil {
+		return 0, err
+	}
+	if alone != nil && len(refused) > 0 {
+		return 0, alone
+	}
+	if len(saved.Disks) == 0 {
+		return 0, nil
+	}
+	if err := c.checkAlone(ctx); err != nil { // somebody has begun meanwhile
 		return 0, err
 	}
 	return len(saved.Disks), c.kept.write(c.guest, saved)
@@ -171,9 +212,9 @@ func (v *view) volumes(ctx context.Context, pid int, name string) ([]volume, err
 }
 
 // saveDisk copies the bitmaps of one disk into a sidecar image.
-func (c *carrier) saveDisk(ctx context.Context, v *view, n *node, i, pid int, pidErr error) (d savedDisk, err error) {
-	if pidErr != nil {
-		return d, pidErr
+func (c *carrier) saveDisk(ctx context.Context, v *view, n *node, i, pid int, blocked error) (d savedDisk, err error) {
+	if blocked != nil {
+		return d, blocked
 	}
 	d = savedDisk{Node: n.name, Driver: n.driver, Window: windowOf(n), Size: n.size, Sidecar: sidecarName(i)}
 	if d.Volumes, err = v.volumes(ctx, pid, n.name); err != nil {

@@ -17,17 +17,13 @@ const (
 	// A QMP socket serves one client at a time, and the guest's may be the only one: the keeper looks in for a moment, and runs
 	// get their turn.
 	lookInterval = 500 * time.Millisecond
-	// While bitmaps wait to be merged back, it must be there before the guest's system writes.
+	// While bitmaps wait to be merged back, it must be there before the guest's system writes: so often it looks for a sign of
+	// the start, and for so long for the guest after one.
 	startInterval = 20 * time.Millisecond
+	startSpan     = 5 * time.Second
 
 	keepDialLimit = 2 * time.Second
 )
-
-// KeepAlive keeps something outside from ending QEMU as soon as its guest has powered off: Proxmox VE's qmeventd does that.
-type KeepAlive interface {
-	// Hold begins to; release ends it, and can be called again.
-	Hold(ctx context.Context) (release func(), err error)
-}
 
 // Keeper stays beside a guest and carries the bitmaps of its disks in memory, of all repositories, over the end of the QEMU
 // process: it saves them when the guest has powered off, and merges them back when it is started again. QEMU must run with
@@ -37,7 +33,7 @@ type Keeper struct {
 	Addr    string // of its QMP socket
 	Kept    Kept
 	QemuImg string
-	// Limit bounds how long the end of QEMU may be held up.
+	// Limit bounds how long the end of QEMU may be held up: that of one that nobody else needs, such as for a backup.
 	Limit time.Duration
 	// Quit ends QEMU when the guest has powered off, saved or not.
 	Quit bool
@@ -55,59 +51,48 @@ type Keeper struct {
 
 // life is what the keeper knows of one QEMU process.
 type life struct {
-	seen bool // it has answered
-	done bool // its guest has powered off, and what is to be done for it is
+	seen   bool   // it has answered
+	status string // its run state then
+	// tried and saved tell of the saving since its guest has powered off.
+	tried, saved bool
+	done         bool   // its guest has powered off, what is to be done for it is, and nobody needs it any more
+	needed       string // who does
 	// restored is set once merging back was tried: what is left then is not this guest's.
 	restored bool
 }
 
-// Keep keeps until ctx ends, which is no error, or QEMU does, with Once. When ctx ends QEMU is let go at once.
+// Keep keeps until ctx ends, which is no error, or QEMU does, with Once. When ctx ends QEMU is let go at once, unless that
+// would harm somebody: then within Limit.
 func (k *Keeper) Keep(ctx context.Context) error {
-	release := func() {}
-	defer func() { release() }()
-	held := false
-	letGo := func() {
-		release()
-		release, held = func() {}, false
-	}
 	var now life
+	h := &hold{Keeper: k}
+	defer func() { h.leave(ctx, now.status) }()
+	start := startOf(k.Addr)
 	said := ""
 	for {
 		err := k.visit(ctx, &now)
-		wait := lookInterval
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case err == nil && now.done:
-			letGo()
-		case err == nil && k.KeepAlive != nil && !held:
-			if hold, err := k.KeepAlive.Hold(ctx); err != nil {
-				k.Log.Warnf("QEMU may end before its bitmaps are saved: %v", err)
-			} else {
-				release, held = hold, true
-			}
-		case errors.Is(err, qmp.ErrBusy):
-			letGo() // a run has the socket: it holds off the end itself, and saves
 		case gone(err):
-			letGo()
-			if now.seen && k.Once {
+			ended := now.seen
+			now = life{}
+			if ended && k.Once {
 				return nil
 			}
-			now = life{}
+		case errors.Is(err, qmp.ErrBusy): // a run has the socket, and saves
 		case err != nil:
-			letGo()
 			if said != err.Error() { // it will be the same in a moment
 				said = err.Error()
 				k.Log.Warn(err)
 			}
 		}
-		if !now.restored && k.Kept.has(k.Guest) {
-			wait = startInterval
+		h.look(ctx, now, err)
+		if err == nil && now.status != "shutdown" {
+			start.seen = time.Now() // it may be on its way to run, such as in "inmigrate"
 		}
-		select {
-		case <-ctx.Done():
+		if err := start.wait(ctx, !now.restored && k.Kept.has(k.Guest)); err != nil {
 			return nil
-		case <-time.After(wait):
 		}
 	}
 }
@@ -129,17 +114,13 @@ func (k *Keeper) visit(ctx context.Context, now *life) error {
 	if err != nil {
 		return err
 	}
-	now.seen = true
+	now.seen, now.status = true, status.Status
 	switch {
-	case status.Status != "shutdown":
-		now.done = false // a guest that has powered off can be reset
+	case status.Status != "shutdown": // a guest that has powered off can be reset
+		now.tried, now.saved, now.done, now.needed = false, false, false, ""
 	case !now.done:
-		now.done, now.restored = true, false
-		if err := k.bounded(ctx, func(ctx context.Context) error { return k.save(ctx, client) }); err != nil {
-			k.Log.Warnf("guest %s: bitmaps are not saved: %v", k.Guest, err)
-		}
-		if k.Quit {
-			_ = client.Execute(ctx, "quit", nil, nil) // the connection may end before the answer
+		if err := k.poweredOff(ctx, client, now); err != nil {
+			return err
 		}
 	}
 	if status.Status != "shutdown" && status.Status != "inmigrate" && !now.restored && k.Kept.has(k.Guest) {
@@ -153,6 +134,46 @@ func (k *Keeper) visit(ctx context.Context, now *life) error {
 		}
 	}
 	return nil
+}
+
+// poweredOff saves, and finds out whether QEMU can end.
+func (k *Keeper) poweredOff(ctx context.Context, client *qmp.Client, now *life) error {
+	needed, err := k.needed(ctx, client)
+	// At once, as it is not for us when QEMU ends; what could not be saved beside others is tried again when they have gone.
+	if !now.tried || !now.saved && err == nil && needed == "" {
+		now.tried, now.restored = true, false
+		saveErr := k.bounded(ctx, func(ctx context.Context) error { return k.save(ctx, client) })
+		if now.saved = saveErr == nil; saveErr != nil {
+			k.Log.Warnf("guest %s: bitmaps are not saved: %v", k.Guest, saveErr)
+		}
+		needed, err = k.needed(ctx, client)
+	}
+	if err != nil {
+		return err
+	}
+	if needed != "" && needed != now.needed {
+		k.Log.Infof("guest %s has powered off, and its QEMU is left alone: %s", k.Guest, needed)
+	}
+	now.needed, now.done = needed, needed == ""
+	if now.done && k.Quit {
+		_ = client.Execute(ctx, "quit", nil, nil) // the connection may end before the answer
+	}
+	return nil
+}
+
+// needed is who needs QEMU though its guest has powered off; "": nobody.
+func (k *Keeper) needed(ctx context.Context, client *qmp.Client) (why string, err error) {
+	jobs, err := client.QueryJobs(ctx)
+	if err != nil {
+		return "", err
+	}
+	if job := running(jobs); job != "" {
+		return "job " + job + " is under way", nil
+	}
+	if k.KeepAlive == nil {
+		return "", nil
+	}
+	return k.KeepAlive.Needed(ctx)
 }
 
 // bounded calls f with a part of the limit, and returns when that is over even if f does not: a disk that hangs must not keep

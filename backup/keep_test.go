@@ -18,6 +18,7 @@ import (
 	"qmchain/chain"
 	"qmchain/internal/ledger"
 	"qmchain/internal/testenv"
+	"qmchain/qmp"
 	"qmchain/qmp/qmptest"
 )
 
@@ -641,12 +642,30 @@ func (r *keepRig) wait(what string, is func() bool) {
 	r.t.Fatalf("waited in vain until %s", what)
 }
 
-// held is a KeepAlive that knows whether it is held.
-type held struct{ held atomic.Bool }
+// held is a KeepAlive that knows whether it is held, and how often that was said.
+type held struct {
+	held   atomic.Bool
+	said   atomic.Int64
+	needed atomic.Value // a string
+	status atomic.Value // a string
+}
 
-func (h *held) Hold(context.Context) (func(), error) {
+func (h *held) Hold(context.Context) error {
 	h.held.Store(true)
-	return func() { h.held.Store(false) }, nil
+	h.said.Add(1)
+	return nil
+}
+
+func (h *held) Release() { h.held.Store(false) }
+
+func (h *held) Needed(context.Context) (string, error) {
+	who, _ := h.needed.Load().(string)
+	return who, nil
+}
+
+func (h *held) Status(context.Context) (string, error) {
+	status, _ := h.status.Load().(string)
+	return status, nil
 }
 
 func (r *keepRig) saved() bool {
@@ -685,6 +704,7 @@ func TestKeeper(t *testing.T) {
 		if alive.held.Load() {
 			t.Error("QEMU is not let go at the end")
 		}
+
 		// One that ends QEMU itself, and itself with it.
 		k = r.keeper()
 		k.Quit, k.Once = true, true
@@ -701,6 +721,159 @@ func TestKeeper(t *testing.T) {
 		r.vm.Restart()
 		r.expect("", "")
 	})
+}
+
+// busy takes the guest's only socket, until it is given back.
+func (r *keepRig) busy() (free func()) {
+	r.t.Helper()
+	var client *qmp.Client
+	r.wait("the socket is free", func() bool {
+		var err error
+		client, err = qmp.Dial(r.t.Context(), r.vm.Socket, qmp.WithHandshakeTimeout(time.Second))
+		return err == nil
+	})
+	return func() { _ = client.Close() }
+}
+
+// again waits until the keep-alive is said again.
+func (r *keepRig) again(alive *held) {
+	r.t.Helper()
+	said := alive.said.Load()
+	r.wait("it is said again", func() bool { return alive.said.Load() > said+1 })
+}
+
+// QEMU is let go when that harms nobody, and only then.
+func TestKeeperLetsGo(t *testing.T) {
+	t.Parallel()
+	r := newKeepRig(t, testenv.Host(t), testenv.Drive)
+	r.write(5)
+	r.point()
+	alive := new(held)
+	alive.status.Store("running")
+	k := r.keeper()
+	k.KeepAlive, k.Limit = alive, 2*time.Second
+	reset := func() {
+		t.Helper()
+		r.vm.Execute("stop", nil, nil)
+		r.vm.Execute("system_reset", nil, nil)
+		r.wait("the reset is done", func() bool { return r.vm.Status() == "prelaunch" })
+	}
+	stays := func(when string, d time.Duration) {
+		t.Helper()
+		for until := time.Now().Add(d); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+			if !alive.held.Load() {
+				t.Fatalf("QEMU was let go: %s", when)
+			}
+		}
+	}
+
+	reset()
+	stop := r.keep(k)
+	time.Sleep(2 * lookInterval)
+	if alive.said.Load() > 0 {
+		t.Error("it is held in a state in which it could not be let go")
+	}
+	r.vm.Execute("cont", nil, nil)
+	r.wait("QEMU is kept alive", alive.held.Load)
+	r.again(alive)
+
+	free := r.busy()
+	r.again(alive)
+	stays("others have its socket", k.Limit+lookInterval)
+	reset()
+	free()
+	r.again(alive)
+	stays("its guest is reset", 0)
+
+	// The keeper's own end waits, too.
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		stop()
+	}()
+	stays("the keeper is to end", 2*lookInterval)
+	r.vm.Execute("cont", nil, nil)
+	<-ended
+	if alive.held.Load() {
+		t.Error("QEMU is not let go at the end")
+	}
+
+	stop = r.keep(k)
+	r.wait("QEMU is kept alive", alive.held.Load)
+	alive.needed.Store("a backup")
+	r.powerOff()
+	r.wait("it is saved", r.saved)
+	stays("a backup needs it", 2*lookInterval)
+	alive.needed.Store("")
+	r.wait("QEMU is let go", func() bool { return !alive.held.Load() })
+	r.vm.Quit()
+	r.vm.Restart()
+
+	// Where the guest does not answer any more, nor anybody needs it, QEMU is let go all the same.
+	r.wait("QEMU is kept alive", alive.held.Load)
+	free = r.busy()
+	r.powerOff()
+	stays("others have its socket", lookInterval)
+	alive.status.Store("shutdown") // as the manager has found out
+	r.wait("QEMU is let go", func() bool { return !alive.held.Load() })
+	free()
+	stop()
+}
+
+// Jobs and exports write although the guest has stopped: what is saved beside them would lack that.
+func TestSaveBesideOthers(t *testing.T) {
+	t.Parallel()
+	r := newKeepRig(t, testenv.Host(t), testenv.Drive)
+	r.write(5)
+	r.point()
+	refused := func(reason string) {
+		t.Helper()
+		if err := r.keeper().Save(t.Context()); !errors.Is(err, backup.ErrBusy) || !strings.Contains(err.Error(), reason) || r.saved() {
+			t.Errorf("error is %v, saved: %v", err, r.saved())
+		}
+	}
+	var nodes []struct {
+		Inserted struct {
+			NodeName string `json:"node-name"`
+		}
+	}
+	r.vm.Execute("query-block", nil, &nodes)
+	node := nodes[0].Inserted.NodeName
+	r.powerOff()
+	r.vm.Execute("nbd-server-start", map[string]any{
+		"addr": map[string]any{"type": "unix", "data": map[string]any{"path": filepath.Join(r.kept.Dir, "nbd")}},
+	}, nil)
+	r.vm.Execute("block-export-add", map[string]any{"type": "nbd", "id": "foreign", "node-name": node}, nil)
+	refused("exports disks to others (foreign)")
+	r.vm.Execute("block-export-del", map[string]any{"id": "foreign"}, nil)
+	r.wait("the export has gone", func() bool {
+		var exports []struct{}
+		r.vm.Execute("query-block-exports", nil, &exports)
+		return len(exports) == 0
+	})
+	r.vm.Execute("blockdev-add", map[string]any{"driver": "null-co", "node-name": "nowhere", "size": diskSize, "read-zeroes": true}, nil)
+	r.vm.Execute("blockdev-backup", map[string]any{"job-id": "foreign", "device": node, "target": "nowhere", "sync": "full", "speed": 1}, nil)
+	refused("job foreign (backup)")
+
+	// A keeper waits, and saves when the job has ended.
+	alive := new(held)
+	k := r.keeper()
+	k.KeepAlive = alive
+	k.Quit = true
+	r.keep(k)
+	time.Sleep(3 * lookInterval)
+	if status := r.vm.Status(); status != "shutdown" || r.saved() {
+		t.Errorf("the guest is %s; saved: %v", status, r.saved())
+	}
+	r.vm.Execute("block-job-cancel", map[string]any{"device": "foreign", "force": true}, nil)
+	if err := r.vm.Wait(time.Minute); err != nil {
+		t.Error(err)
+	}
+	if !r.saved() {
+		t.Error("it is not saved")
+	}
+	r.vm.Restart()
+	r.expect("", "")
 }
 
 // A hard stop: the guest is paused, saved, and ended. One that nobody ends goes on.
@@ -851,6 +1024,9 @@ func TestKeepARealGuest(t *testing.T) {
 		}
 	})
 }
+
+// lookInterval is how often a keeper looks in.
+const lookInterval = 500 * time.Millisecond
 
 var keepSteps = flag.Int("keep-steps", 15, "TestKeepCutOff cuts off at every so many steps; 1: all")
 

@@ -135,6 +135,7 @@ func (v *view) offlineDisks() ([]Disk, error) {
 		disks = append(disks, Disk{
 			Name: image.Disk, Size: n.size, Driver: n.driver, File: image.Path, allocated: min(n.info.Image.ActualSize, n.size),
 			top: n.name, below: n.name, format: n.name, bitmaps: n.info.DirtyBitmaps, compat: compatOf(n.info),
+			snapshots: v.snapshots[n.name],
 		})
 	}
 	return disks, nil

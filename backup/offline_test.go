@@ -101,3 +101,39 @@ func TestOfflineFirst(t *testing.T) {
 		}
 	}
 }
+
+// A bitmap in an image keeps QEMU from going back to its internal snapshots, so a stopped guest's image gets none, and one that
+// it has goes.
+func TestOfflineSnapshots(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, testenv.Host(t), testenv.Throttle)
+	r.write(20)
+	r.vm.Quit()
+	q, path := testenv.Host(t), r.vm.Disk("scsi0").Path
+	r.runOffline(chain.Full)
+	testenv.Output(t, q.Img, "snapshot", "-c", "before", path)
+	if info := testenv.Output(t, q.Img, "info", path); !strings.Contains(info, "qmchain:") {
+		t.Fatalf("the image has no bitmap: %s", info)
+	}
+	for _, level := range []chain.Level{chain.Inc, chain.Full} {
+		result, err := r.offline()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := result.Point.Disk("scsi0"); d.Level != level || d.Tracking != nil {
+			t.Errorf("scsi0: %+v", d)
+		}
+		if d := result.Point.Disk("virtio1"); d.Level != chain.Inc || d.Tracking == nil {
+			t.Errorf("virtio1: %+v", d)
+		}
+		if len(result.Warnings) > 0 {
+			t.Errorf("warnings: %q", result.Warnings)
+		}
+		r.check(result.Point, r.ledger.Now(), r.ledger.Now())
+		testenv.Output(t, q.Img, "snapshot", "-a", "before", path)
+	}
+	r.vm.Restart()
+	if result, err := r.runWith(func(*backup.Config) {}); err != nil || result.Point.Disk("virtio1").Level != chain.Inc {
+		t.Errorf("the guest runs: %+v, %v", result, err)
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"qmchain/chain"
+	"qmchain/qmp"
 )
 
 // Auto asks for an increment of each disk where that is safe, and else for a full.
@@ -33,6 +34,7 @@ type Request struct {
 	Adopt     bool // go on though the newest point is another guest's
 	// Bitmaps is chain.KindPersistent or chain.KindMemory, for the disks that can have either; empty: in memory where the disk's
 	// image has internal snapshots, as QEMU does not go back to one while a persistent bitmap is in the image.
+	// Of a stopped guest's disk there is no bitmap in memory: its next point is a full.
 	Bitmaps string
 }
 
@@ -145,18 +147,29 @@ func diskNames(disks []Disk) string {
 
 // ofKind chooses where the disk's next bitmap is. One of the other kind that is there now goes once the new point stands.
 func (pd PlannedDisk) ofKind(req Request, p planner) PlannedDisk {
-	if pd.Kind == chain.KindPersistent && p.memory && (req.Bitmaps == chain.KindMemory || req.Bitmaps == "" && pd.snapshots) {
+	if pd.Kind == chain.KindPersistent && (req.Bitmaps == chain.KindMemory || req.Bitmaps == "" && pd.snapshots) {
 		pd.Kind = chain.KindMemory
 	}
 	return pd
+}
+
+// notStored says why the disk's bitmap is not stored in its image.
+func (pd PlannedDisk) notStored(req Request) string {
+	switch {
+	case !pd.storable():
+		return "its image can't store bitmaps"
+	case req.Bitmaps == chain.KindMemory:
+		return "its bitmaps are to be in memory alone"
+	}
+	return "its image has internal snapshots, and a bitmap in it would keep QEMU from going back to one"
 }
 
 // atLevel makes of a disk's plan for Auto one for the level that was asked for.
 func (pd PlannedDisk) atLevel(req Request, p planner) (PlannedDisk, error) {
 	if pd.Kind == chain.KindMemory && !p.memory {
 		pd.New = ""
-		if pd.Level == chain.Full && pd.Unplanned {
-			pd = pd.full("it can't be tracked while the guest is stopped: its image can't store bitmaps")
+		if pd.Level == chain.Full && pd.Unplanned && !p.marked(pd.Disk) {
+			pd = pd.full("it can't be tracked while the guest is stopped: " + pd.notStored(req))
 		}
 	}
 	switch req.Level {
@@ -187,11 +200,14 @@ func (pd PlannedDisk) atLevel(req Request, p planner) (PlannedDisk, error) {
 	return pd, nil
 }
 
+// storable tells whether the disk's image can store bitmaps.
+func (d *Disk) storable() bool { return d.Driver == "qcow2" && d.compat != "0.10" }
+
 // disk plans one disk for the level Auto.
 func (p planner) disk(id chain.ID, d Disk) (PlannedDisk, error) {
 	pd := PlannedDisk{Disk: d, Kind: chain.KindMemory, Estimate: d.allocated}
 	pd.New = chain.BitmapName{Repo: p.repo, Point: id, Disk: d.Name}.String()
-	if d.Driver == "qcow2" && d.compat != "0.10" {
+	if d.storable() {
 		pd.Kind = chain.KindPersistent
 	}
 
@@ -261,6 +277,14 @@ func (p planner) disk(id chain.ID, d Disk) (PlannedDisk, error) {
 	}
 	pd.Level, pd.Parent, pd.Old, pd.Estimate = chain.Inc, parent, newest.bitmap, newest.count
 	return pd, nil
+}
+
+// marked tells whether a disk has a bitmap of this repository's.
+func (p planner) marked(d Disk) bool {
+	return slices.ContainsFunc(d.bitmaps, func(b qmp.DirtyBitmap) bool {
+		name, ours := chain.ParseBitmapName(b.Name)
+		return ours && name.Repo == p.repo
+	})
 }
 
 // candidate is a bitmap that records from an image of the repository.

@@ -319,6 +319,47 @@ func TestPlanLevels(t *testing.T) {
 	}
 }
 
+// A stopped guest's disk is tracked by a bitmap in its image or not at all.
+func TestPlanOffline(t *testing.T) {
+	p1 := testPoint(id1, testImage("scsi0", nil, ""))
+	raw := func(d *Disk) { d.Driver = "raw" }
+	snapshots := func(d *Disk) { d.snapshots = true }
+	plain := func(*Disk) {}
+	lost := recording(id1, "scsi0")
+	lost.Inconsistent, lost.Recording = true, false
+	for _, test := range []struct {
+		what      string
+		change    func(*Disk)
+		bitmaps   string // as asked for
+		bitmap    []qmp.DirtyBitmap
+		level     chain.Level
+		tracked   bool
+		unplanned bool
+		reason    string
+	}{
+		{"qcow2", plain, "", []qmp.DirtyBitmap{recording(id1, "scsi0")}, chain.Inc, true, false, ""},
+		{"qcow2 without its bitmap", plain, "", nil, chain.Full, true, true, "no bitmap records"},
+		{"raw", raw, "", nil, chain.Full, false, false, "can't store bitmaps"},
+		{"snapshots", snapshots, "", nil, chain.Full, false, false, "internal snapshots"},
+		{"snapshots since the last point", snapshots, "", []qmp.DirtyBitmap{recording(id1, "scsi0")}, chain.Inc, false, false, ""},
+		{"snapshots and a lost bitmap", snapshots, "", []qmp.DirtyBitmap{lost}, chain.Full, false, true, "inconsistent"},
+		{"snapshots, persistent", snapshots, chain.KindPersistent, []qmp.DirtyBitmap{recording(id1, "scsi0")}, chain.Inc, true, false, ""},
+		{"in memory", plain, chain.KindMemory, nil, chain.Full, false, false, "in memory alone"},
+	} {
+		p := planner{repo: repoID, points: chain.Points{p1}, guest: p1.Guest, sound: func(chain.Layer) error { return nil }}
+		disk := testDisk("scsi0", test.bitmap...)
+		test.change(&disk)
+		plan, err := p.plan(idNew, []Disk{disk}, Request{Level: Auto, Bitmaps: test.bitmaps})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := plan.Disks[0]
+		if d.Level != test.level || (d.New != "") != test.tracked || d.Unplanned != test.unplanned || !strings.Contains(d.Reason, test.reason) {
+			t.Errorf("%s: level %s, new bitmap %q, unplanned %v: %s", test.what, d.Level, d.New, d.Unplanned, d.Reason)
+		}
+	}
+}
+
 func TestRotation(t *testing.T) {
 	began := time.Date(2026, 11, 29, 23, 0, 0, 0, time.UTC) // a Sunday
 	full := testPoint(id1, testImage("scsi0", nil, ""))

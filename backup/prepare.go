@@ -18,6 +18,9 @@ func (s *session) look(ctx context.Context) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
+	if v.snapshots, err = lookSnapshots(ctx, s.qmp); err != nil {
+		return nil, err
+	}
 	v.status, v.images = "stopped", s.cfg.Offline
 	if v.guest = s.cfg.Identity; v.guest != (chain.GuestIdentity{}) {
 		return v, nil

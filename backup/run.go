@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"syscall"
 	"time"
 
@@ -16,7 +17,7 @@ import (
 )
 
 const (
-	// undoLimit bounds the undoing of a failed run.
+	// undoLimit bounds the undoing of a failed run, if Config.UndoLimit does not.
 	undoLimit = 2 * time.Minute
 
 	// saveLimit bounds the saving of bitmaps of a guest that has powered off.
@@ -56,6 +57,10 @@ type Config struct {
 	FreezeLimit time.Duration // how long that may take
 	Pause       bool          // pause the guest for the instant
 
+	// UndoLimit is how long the undoing of a failed run may take; 0: 2 minutes. What hangs for longer, in a repository that does
+	// not answer, is left to the next run, so that the guest is given back.
+	UndoLimit time.Duration
+
 	Log      logrus.FieldLogger
 	Progress Progress
 	Now      func() time.Time
@@ -79,6 +84,9 @@ var ErrIOThread = errors.New("an iothread serves the disk, and a filter on it wo
 // what is left.
 var ErrUndo = errors.New("could not be undone")
 
+// errHangs tells of calls that nothing can interrupt, such as those of a hard NFS mount whose server is gone.
+var errHangs = errors.New("the repository hangs")
+
 // session is one run on one guest.
 type session struct {
 	cfg     Config
@@ -96,6 +104,7 @@ type session struct {
 	fleeces []fleece // likewise; nil without fleecing
 	plan    *Plan
 	result  *Result
+	mu      sync.Mutex // of the result's warnings
 
 	instant     time.Time
 	consistency chain.Consistency
@@ -130,32 +139,81 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 	}
 	s.qmp = client
-	defer func() { _ = s.qmp.Close() }()
-
 	if s.daemon == nil {
 		if release, err = s.take(ctx); err != nil {
+			_ = client.Close()
 			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
 		}
 	}
-	if err = s.open(ctx); err == nil {
+	// The repository can hang for as long as it likes, and the guest must not be kept for that.
+	ended, outcome := make(chan error, 1), make(chan error, 1)
+	go func() { outcome <- s.work(ctx, ended) }()
+	if err := s.awaitWork(ctx, ended, outcome); err != nil {
+		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+	}
+	s.result.StillFrozen = s.stillFrozen
+	return s.result, nil
+}
+
+// work does all that has to do with the repository, and closes the connection. It says in between how the run itself has
+// ended; what comes after that is bounded.
+func (s *session) work(ctx context.Context, ended chan<- error) error {
+	defer func() { _ = s.qmp.Close() }()
+	err := s.open(ctx)
+	if err == nil {
 		defer s.lock.Unlock()
 		err = s.run(ctx)
 	}
+	ended <- err
 	// From here on nothing may be cut short: the guest is to be left as it was found.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.undoLimit())
 	defer cancel()
 	if err != nil {
 		if undoErr := s.twice(ctx, s.undo); undoErr != nil {
-			return nil, fmt.Errorf("guest %s: %w; what it had begun %w: %w", cfg.Guest, err, ErrUndo, undoErr)
+			return fmt.Errorf("%w; what it had begun %w: %w", err, ErrUndo, undoErr)
 		}
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return err
 	}
 	// The point stands. What is left to do is worth a warning at most: the next run does it again.
 	if err := s.twice(ctx, s.finish); err != nil {
 		s.warnf("left for the next run to clean up: %v", err)
 	}
-	s.result.StillFrozen = s.stillFrozen
-	return s.result, nil
+	return nil
+}
+
+// awaitWork returns what comes of work. Once the run has ended or is interrupted it is given up when it takes longer than all that
+// is bounded by time: it then hangs in a call to the repository.
+func (s *session) awaitWork(ctx context.Context, ended, outcome <-chan error) (err error) {
+	limit := s.cfg.undoLimit()
+	limit += limit / 4
+	select {
+	case err := <-outcome:
+		return err
+	case err = <-ended:
+	case <-ctx.Done():
+		select {
+		case err = <-ended:
+		case <-time.After(limit):
+			return fmt.Errorf("%w; what it had begun %w: %w", ctx.Err(), ErrUndo, errHangs)
+		}
+	}
+	select {
+	case err := <-outcome:
+		return err
+	case <-time.After(limit):
+	}
+	if err != nil {
+		return fmt.Errorf("%w; what it had begun %w: %w", err, ErrUndo, errHangs)
+	}
+	s.warnf("%v: its lock may not be given back", errHangs)
+	return nil
+}
+
+func (c Config) undoLimit() time.Duration {
+	if c.UndoLimit > 0 {
+		return c.UndoLimit
+	}
+	return undoLimit
 }
 
 // twice calls f and, if it fails, once more, over a new connection where that is lost. If the guest has ended there is
@@ -283,7 +341,6 @@ func (s *session) run(ctx context.Context) error {
 	if s.partial, err = s.guest.Begin(s.plan.ID); err != nil {
 		return err
 	}
-	defer s.partial.Close()
 	defer s.dropFleece()
 	if err := s.addFiles(ctx); err != nil {
 		return err
@@ -318,6 +375,8 @@ func (s *session) run(ctx context.Context) error {
 func (s *session) warnf(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
 	s.log.Warn(text)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.result.Warnings = append(s.result.Warnings, text)
 }
 
@@ -380,12 +439,22 @@ func (s *session) undo(ctx context.Context) (err error) {
 	if s.mutex == nil {
 		return nil // nothing was begun
 	}
-	defer func() { err = errors.Join(err, s.mutex.release(ctx, s.qmp)) }()
+	defer func() {
+		// However long the repository has hung, our own lock is nobody else's to remove.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reconnectLimit)
+		defer cancel()
+		err = errors.Join(err, s.mutex.release(ctx, s.qmp))
+	}()
 	if !s.mutex.held {
 		return nil // the guest is another run's
 	}
 	v, err := s.clean(ctx)
-	if err != nil || s.partial == nil {
+	if s.partial == nil {
+		return err
+	}
+	// Closing can hang as well, so that comes after the guest; and before the files are removed, as NFS keeps those that are open.
+	s.partial.Close()
+	if err != nil {
 		return err
 	}
 	if err := s.guest.Sync(); err != nil {

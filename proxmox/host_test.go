@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -261,25 +262,41 @@ func TestBackupLock(t *testing.T) {
 	}
 }
 
-// TestKeepAlive: while it is held, a guest's power-off leaves QEMU there.
+// TestKeepAlive: while it is held, a guest's power-off leaves QEMU there, if it is said again after the end of another's.
 func TestKeepAlive(t *testing.T) {
 	t.Parallel()
 	n := pvetest.Install(t)
 	h := hostOf(n)
 	n.AddVM(110)
-	n.QM("start", "110")
-	keep, err := h.KeepAlive(t.Context(), 110)
-	if err != nil {
-		t.Fatal(err)
+	status := func(want string) {
+		t.Helper()
+		if got, err := h.Status(t.Context(), 110); err != nil || got != want {
+			t.Errorf("status is %q, %v, not %q", got, err, want)
+		}
 	}
-	time.Sleep(100 * time.Millisecond) // to be read
+	status(proxmox.Stopped)
+	n.QM("start", "110")
+	status("running")
+	var held []*proxmox.Alive
+	for range 2 {
+		alive, err := h.KeepAlive(t.Context(), 110)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, alive)
+	}
+	time.Sleep(200 * time.Millisecond) // QEMU connects, and all is read
+	_ = held[1].Close()
+	time.Sleep(100 * time.Millisecond)
+	if err := held[0].Repeat(t.Context()); err != nil {
+		t.Error(err)
+	}
+	time.Sleep(100 * time.Millisecond)
 	n.VM(110).PowerOff()
 	n.VM(110).WaitEvent("SHUTDOWN", 30*time.Second)
 	time.Sleep(200 * time.Millisecond)
-	if p, err := h.Process(110); err != nil || p == nil || p.PID != n.VM(110).Pid() {
-		t.Errorf("QEMU has gone: %v, %v", p, err)
-	}
-	_ = keep.Close()
+	status("shutdown")
+	_ = held[0].Close()
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		p, err := h.Process(110)
 		if err == nil && p == nil {
@@ -293,6 +310,43 @@ func TestKeepAlive(t *testing.T) {
 	if _, err := h.KeepAlive(t.Context(), 110); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("without qmeventd: %v", err)
 	}
+}
+
+// TestKeepAliveAgain: qmeventd was started anew, which took what it knew and its connections away.
+func TestKeepAliveAgain(t *testing.T) {
+	t.Parallel()
+	h := proxmox.Host{Events: filepath.Join(t.TempDir(), "events")}
+	var alive *proxmox.Alive
+	for i := range 3 {
+		l, err := net.Listen("unix", h.Events)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if alive == nil {
+			alive, err = h.KeepAlive(t.Context(), 110)
+		} else {
+			err = alive.Repeat(t.Context())
+		}
+		if err != nil {
+			t.Fatalf("start %d: %v", i, err)
+		}
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := alive.Repeat(t.Context()); err != nil {
+			t.Errorf("start %d: %v", i, err)
+		}
+		in := json.NewDecoder(conn)
+		for range 2 {
+			var said struct{ Vzdump struct{ VMID string } }
+			if err := in.Decode(&said); err != nil || said.Vzdump.VMID != "110" {
+				t.Errorf("start %d: it says %+v, %v", i, said, err)
+			}
+		}
+		_, _ = conn.Close(), l.Close()
+	}
+	_ = alive.Close()
 }
 
 // TestWhoAnswers: the path proves nothing.

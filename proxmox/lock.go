@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,10 @@ import (
 
 // ErrNotOurs tells that the VM is locked for a backup, and that it can't be shown that the lock is ours.
 var ErrNotOurs = errors.New("the backup lock may be somebody else's")
+
+// ErrLockUnknown tells that the VM may be locked for a backup by us: qm was cut off while it set the lock, or what came of
+// it could not be read.
+var ErrLockUnknown = errors.New("it is not known whether the backup lock was set")
 
 // BackupLock is a `lock: backup` that we have set. Write it down (as JSON, say) and a later process can give back what a
 // killed one had taken.
@@ -30,7 +35,8 @@ type BackupLock struct {
 // lockLimit bounds the setting of a lock: qm waits up to 10 s for others.
 const lockLimit = 30 * time.Second
 
-// LockBackup takes PVE's backup lock. The error is ErrLocked where there is a lock of any kind, or one of Set's.
+// LockBackup takes PVE's backup lock. The error is ErrLocked where there is a lock of any kind, ErrLockUnknown, or one of
+// Set's; there is no lock of ours with any but ErrLockUnknown.
 func (h Host) LockBackup(ctx context.Context, vmid VMID) (BackupLock, error) {
 	c, err := h.Config(vmid)
 	if err != nil {
@@ -41,15 +47,32 @@ func (h Host) LockBackup(ctx context.Context, vmid VMID) (BackupLock, error) {
 	}
 	// qm refuses where a lock was set since; so if it is content the lock is ours. Cut short, nobody would know whether it
 	// is: this step is not for ctx to end.
-	if _, err := h.QM(context.WithoutCancel(ctx), lockLimit, "set", vmid.String(), "--lock", "backup"); err != nil {
+	_, err = h.QM(context.WithoutCancel(ctx), lockLimit, "set", vmid.String(), "--lock", "backup")
+	switch {
+	case cutOff(err): // a lock that is there now may be this one: it says nothing about why
+		return BackupLock{}, fmt.Errorf("VM %s: %w: %w", vmid, ErrLockUnknown, err)
+	case err != nil:
 		return BackupLock{}, h.explain(vmid, c.Digest, err)
 	}
 	l, lock, err := h.readLock(vmid)
-	if err == nil && lock != "backup" {
-		err = fmt.Errorf("VM %s: qm set no lock, or it was taken away at once", vmid)
+	switch {
+	case err != nil:
+		return BackupLock{}, fmt.Errorf("VM %s: %w: %w", vmid, ErrLockUnknown, err)
+	case lock != "backup":
+		return BackupLock{}, fmt.Errorf("VM %s: qm set no lock, or it was taken away at once", vmid)
 	}
 	l.held = true
-	return l, err
+	return l, nil
+}
+
+// cutOff tells whether a call of qm failed otherwise than by qm's own refusal, and not before it was started, so that it may
+// have done what was asked of it.
+func cutOff(err error) bool {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return !exit.Exited() // it was killed
+	}
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, exec.ErrWaitDelay)
 }
 
 // readLock reads what a BackupLock has to remember, and the lock that is there.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,9 @@ import (
 // ErrVolume is wrapped where a volume can't be read on this host without PVE: it is no file and no block device, it is not
 // there now, or its format is not certain.
 var ErrVolume = errors.New("not to be read")
+
+// ErrInactive is wrapped, with ErrVolume, where PVE may have deactivated the volume of a VM that does not run.
+var ErrInactive = errors.New("not active on this node")
 
 // Volume is where a drive's data is.
 type Volume struct {
@@ -30,8 +34,13 @@ var rawStorages = map[string]bool{
 	"lvm": true, "lvmthin": true, "zfspool": true, "zfs": true, "rbd": true, "iscsi": true, "iscsidirect": true,
 }
 
+// activated are the types of storages whose volumes are devices of the host only while their VM runs: PVE deactivates them when
+// it has stopped. For rbd that is so with krbd; without it there never is a device.
+var activated = map[string]bool{"lvm": true, "lvmthin": true, "rbd": true}
+
 // Volume finds a drive's volume, by `pvesm path`. The format is what PVE's names say, as PVE takes it from there: data is
-// never looked at for it, as a guest can write another format's header into its raw disk. The error is ErrVolume, or pvesm's.
+// never looked at for it, as a guest can write another format's header into its raw disk. The error is ErrVolume, with
+// ErrInactive or without, or pvesm's.
 func (h Host) Volume(ctx context.Context, d Drive) (Volume, error) {
 	v := Volume{Path: d.Volume}
 	storage, name, named := strings.Cut(d.Volume, ":")
@@ -66,8 +75,10 @@ func (h Host) Volume(ctx context.Context, d Drive) (Volume, error) {
 	switch {
 	case !filepath.IsAbs(v.Path):
 		return Volume{}, fmt.Errorf("%s: %s is neither a file nor a block device of this host: %w", d.ID, d.Volume, ErrVolume)
+	case errors.Is(err, fs.ErrNotExist) && named && activated[h.storageType(storage)]:
+		return Volume{}, fmt.Errorf("%s: %s is %w, or not there: Proxmox VE deactivates such volumes while their VM is stopped: %w: %w", d.ID, d.Volume, ErrInactive, ErrVolume, err)
 	case err != nil:
-		return Volume{}, fmt.Errorf("%s: %s is not there, or not active on this node: %w: %w", d.ID, d.Volume, ErrVolume, err)
+		return Volume{}, fmt.Errorf("%s: %s is not there: %w: %w", d.ID, d.Volume, ErrVolume, err)
 	case !fi.Mode().IsRegular() && fi.Mode()&os.ModeType != os.ModeDevice:
 		return Volume{}, fmt.Errorf("%s: %s is neither a file nor a block device: %w", d.ID, v.Path, ErrVolume)
 	}

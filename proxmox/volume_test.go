@@ -52,7 +52,8 @@ func TestVolume(t *testing.T) {
 		{"old:vm-110-disk-0", "", "", "is not certain"},
 		{"share:vm-110-disk-0.vmdk", "", "", "is not certain"},
 		{"share:vm-110-disk-0.vmdk,format=vmdk", "", "", "of format vmdk"},
-		{"thin:vm-110-disk-7", "", "", "is not there"},
+		{"thin:vm-110-disk-7", "", "", "not active on this node"},
+		{"local:110/vm-110-disk-7.qcow2", "", "", "is not there"},
 		{"none", "", "", "is no volume"},
 		{"gone:vm-110-disk-0", "", "", "storage 'gone' does not exist"},
 	} {
@@ -60,6 +61,9 @@ func TestVolume(t *testing.T) {
 		v, err := h.Volume(t.Context(), c.Drives()[0])
 		if v.Path != test.path || v.Format != test.format || (err == nil) != (test.text == "") || err != nil && !strings.Contains(err.Error(), test.text) {
 			t.Errorf("%s: %+v, %v", test.drive, v, err)
+		}
+		if got, want := errors.Is(err, proxmox.ErrInactive), strings.HasPrefix(test.drive, "thin:vm-110-disk-7"); got != want {
+			t.Errorf("%s: inactive: %v", test.drive, got)
 		}
 	}
 }

@@ -74,7 +74,7 @@ func (c *keepCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, ag
 		Log: u.Log, Now: time.Now,
 	}
 	if c.VMID != 0 {
-		vm := watched{site: n.site(fsys, 0, u.Log), vmid: c.VMID}
+		vm := &watched{site: n.site(fsys, 0, u.Log), vmid: c.VMID}
 		k.Addr, k.Guard, k.KeepAlive = n.Host.Socket(c.VMID).Path(), vm, vm
 	}
 	if c.Stop {
@@ -100,10 +100,13 @@ type watched struct {
 	backup.Guard // the keeper takes no guest
 	site         pveguest.Site
 	vmid         proxmox.VMID
+	alive        *proxmox.Alive // nil: it is not held
 }
 
+var _ backup.KeepAlive = (*watched)(nil)
+
 // Check implements backup.Guard.
-func (w watched) Check(who backup.Peer) error {
+func (w *watched) Check(who backup.Peer) error {
 	vm, err := w.site.Find(w.vmid)
 	if err != nil {
 		return err
@@ -112,12 +115,39 @@ func (w watched) Check(who backup.Peer) error {
 }
 
 // Hold implements backup.KeepAlive.
-func (w watched) Hold(ctx context.Context) (release func(), err error) {
-	alive, err := w.site.Host.KeepAlive(ctx, w.vmid)
-	if err != nil {
-		return nil, err
+func (w *watched) Hold(ctx context.Context) (err error) {
+	if w.alive != nil {
+		return w.alive.Repeat(ctx)
 	}
-	return func() { _ = alive.Close() }, nil
+	w.alive, err = w.site.Host.KeepAlive(ctx, w.vmid)
+	return err
+}
+
+// Release implements backup.KeepAlive.
+func (w *watched) Release() {
+	if w.alive != nil {
+		_ = w.alive.Close()
+	}
+	w.alive = nil
+}
+
+// Needed implements backup.KeepAlive: a backup, vzdump's or a run's, holds PVE's lock from beginning to end.
+func (w *watched) Needed(context.Context) (string, error) {
+	config, err := w.site.Host.Config(w.vmid)
+	switch {
+	case errors.Is(err, proxmox.ErrNotFound), errors.Is(err, proxmox.ErrElsewhere): // the VM has gone
+		return "", nil
+	case err != nil:
+		return "", err
+	case config.Lock() == "backup":
+		return "the VM is locked for a backup", nil
+	}
+	return "", nil
+}
+
+// Status implements backup.KeepAlive.
+func (w *watched) Status(ctx context.Context) (string, error) {
+	return w.site.Host.Status(ctx, w.vmid)
 }
 
 // keptAt is where bitmaps are kept: in the folder given, or in the default one, if a keeper has made that.

@@ -190,9 +190,17 @@ func (r *run) addVM(ctx context.Context, cfg *backup.Config) (err error) {
 		r.log.Warnf("VM %s has snapshots: with persistent bitmaps `qm rollback` fails, until `qmchain-backup cleanup %s` has removed them", vm.ID, vm.ID)
 	}
 	cfg.Guard = vm
-	if !vm.Running() {
+	switch {
+	case !vm.Running() && site.InHook:
+		// Without PVE's lock nothing would keep QEMU from opening the images beside us once the hook is over.
+		return ui.Exit(ui.ExitBusy, fmt.Errorf("VM %s has stopped: in a hook script only a running VM is backed up, as Proxmox VE's lock, which keeps a stopped one from being started, can't be taken there", vm.ID))
+	case !vm.Running():
 		cfg.Identity = vm.Identity()
 		cfg.Offline, cfg.Request, err = vm.Images(ctx, cfg.Request)
+		if r.guests.group && errors.Is(err, proxmox.ErrInactive) {
+			// Of one that was asked for by number it is a failure. In a group it is to be expected, but not to be passed over.
+			return ui.Exit(ui.ExitPartly, errors.New("skipped: "+err.Error()))
+		}
 		return err
 	}
 	cfg.Skip = vm.Skip()
@@ -289,6 +297,9 @@ func (r *run) outcome() fleet.Outcome {
 		o.Verdict, o.Code, o.Remarks = fleet.Skipped, ui.ExitOK, []string{r.err.Error()}
 	case o.Code == ui.ExitPartly:
 		o.Verdict = fleet.Warning
+		if r.result == nil {
+			o.Remarks = []string{r.err.Error()} // it is left out, and should not be
+		}
 	default:
 		o.Verdict, o.Remarks = fleet.Failed, []string{r.err.Error()}
 		if hint := ui.HintOf(explained); hint != "" {

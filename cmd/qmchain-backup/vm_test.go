@@ -637,6 +637,45 @@ func TestInHook(t *testing.T) {
 	}
 	_, disks := p.read(strings.TrimSpace(stdout[i:]))
 	p.holds(disks, "scsi0", 111)
+
+	// Nothing would keep a stopped VM from being started meanwhile.
+	if code, stdout, stderr := p.run("110", "--in-hook"); code != 3 || stdout != "" || !strings.Contains(stderr, "VM 110 has stopped") {
+		t.Errorf("stopped: exit code %d: %s%s", code, stdout, stderr)
+	}
+}
+
+// TestStoppedInactive: the volumes of a stopped VM that PVE has deactivated can't be read. In a group that is told of, and fails
+// nothing.
+func TestStoppedInactive(t *testing.T) {
+	t.Parallel()
+	p := newPVE(t)
+	p.AddStorage("lvmthin", "thin")
+	p.AddVM(110, "scsi0: thin:vm-110-disk-0,size=1M")
+	p.AddVM(111, "scsi0: local:111/vm-111-disk-0.qcow2,size=1M")
+	if err := os.RemoveAll(filepath.Join(p.Storage, "volumes/thin/vm-110-disk-0")); err != nil {
+		t.Fatal(err)
+	}
+	code, stdout, stderr := p.run("110")
+	if code != 1 || stdout != "" {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	p.says(stderr, "not active on this node", "start the VM")
+	report := filepath.Join(p.Dir, "report")
+	code, stdout, stderr = p.run("--all", "--report", report)
+	if code != 4 || !strings.HasPrefix(stdout, "111/") || strings.Count(stdout, "\n") != 1 {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	text, err := os.ReadFile(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.says(lineOf(string(text), "110"), "warning", "skipped", "not active on this node")
+	if code, stdout, stderr := p.run("110", "111"); code != 7 || !strings.HasPrefix(stdout, "111/") {
+		t.Errorf("by number: exit code %d: %s%s", code, stdout, stderr)
+	}
+	if p.lock(110) != "" {
+		t.Errorf("lock %q", p.lock(110))
+	}
 }
 
 // TestStoppedBlockDevice: a stopped VM's block devices are read as such.

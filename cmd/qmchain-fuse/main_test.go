@@ -246,6 +246,9 @@ func automount(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(unix.Pipe2(pipe[:], unix.O_CLOEXEC))
 	ts.Check(unix.SetNonblock(pipe[0], true)) // so that Close ends a read
 	requests := os.NewFile(uintptr(pipe[0]), "autofs")
+	if unix.Getpgrp() == 0 { // it is of another pid namespace, as in a container that was entered
+		ts.Check(unix.Setpgid(0, 0))
+	}
 	options := fmt.Sprintf("fd=%d,pgrp=%d,minproto=5,maxproto=5,direct", pipe[1], unix.Getpgrp())
 	ts.Check(unix.Mount("systemd-1", dir, "autofs", 0, options))
 	ts.Check(unix.Close(pipe[1])) // the kernel has its own

@@ -13,6 +13,7 @@ import (
 
 	"github.com/gofrs/flock"
 
+	"qmchain/backup"
 	"qmchain/internal/durable"
 	"qmchain/proxmox"
 )
@@ -27,9 +28,20 @@ const (
 
 // record is what is written down of a lock.
 type record struct {
-	// Begun is when the taking of the lock began. A record without Lock is one of a process that was killed then.
-	Begun time.Time           `json:"begun"`
-	Lock  *proxmox.BackupLock `json:"lock,omitempty"`
+	// Begun is when the taking of the lock began. A record without Lock is one of a process that was killed then, or that could
+	// not find out what had come of it by the time GivenUp.
+	Begun   time.Time           `json:"begun"`
+	GivenUp time.Time           `json:"given_up,omitzero"`
+	Lock    *proxmox.BackupLock `json:"lock,omitempty"`
+}
+
+// may tells whether a lock that was set at that time can be the one whose taking is on record.
+func (r *record) may(set time.Time) bool {
+	last := r.Begun.Add(lockLimit)
+	if r.GivenUp.After(last) {
+		last = r.GivenUp // a qm that hangs in a system call does not end when it is killed
+	}
+	return !set.Before(r.Begun.Add(-time.Second)) && set.Before(last)
 }
 
 // claim is the right to a VM's record. It ends with its process.
@@ -106,26 +118,22 @@ func (vm *VM) Take(ctx context.Context) (release func(context.Context) error, er
 		}
 		unlock = func(ctx context.Context) error { return vm.unlock(ctx, c, lock) }
 	}
-	var alive io.Closer
+	letGo := func(context.Context) {}
 	release = func(ctx context.Context) error {
 		// First the lock: when nobody keeps it alive any more, a QEMU whose guest has powered off ends, and PVE changes the
 		// configuration.
 		vm.LockLeft = unlock(ctx)
-		if alive != nil {
-			_ = alive.Close()
-		}
+		letGo(ctx)
 		c.release()
 		return vm.LockLeft
 	}
 	if err := vm.unchanged(); err != nil {
 		return nil, errors.Join(err, release(context.WithoutCancel(ctx)))
 	}
-	if vm.Process == nil {
-		return release, nil
-	}
-	if alive, err = vm.site.Host.KeepAlive(ctx, vm.ID); err != nil {
-		vm.site.Log.Warnf("should the guest power off, the backup fails: %v", err)
-		alive = nil
+	if alive, aliveErr := vm.keepAlive(ctx); aliveErr != nil {
+		vm.site.Log.Warnf("should the guest power off, the backup fails: %v", aliveErr)
+	} else {
+		letGo = alive
 	}
 	return release, nil
 }
@@ -164,8 +172,9 @@ func (vm *VM) tryLock(ctx context.Context, c *claim) (lock proxmox.BackupLock, e
 	defer cancel()
 	lock, err = vm.site.Host.LockBackup(ctx, vm.ID)
 	switch {
-	case ctx.Err() != nil:
-		return lock, err // what qm has done is not known: the record stays
+	case errors.Is(err, proxmox.ErrLockUnknown): // it may be ours: the record stays
+		begun.GivenUp = vm.site.Now()
+		return lock, errors.Join(fmt.Errorf("%w: %w", err, backup.ErrNeedsDoctor), c.write(begun))
 	case err != nil:
 		return lock, errors.Join(err, c.drop())
 	}
@@ -218,8 +227,8 @@ func (vm *VM) unchanged() error {
 	return nil
 }
 
-// giveBack gives back a lock that a killed run of ours has left. A run that was killed while it took the lock can't know
-// whether it had got it; such a lock is only given back when the admin asks for it (asked).
+// giveBack gives back a lock that a killed run of ours has left. A run that was killed while it took the lock, or whose qm was,
+// can't know whether it had got it; such a lock is only given back when the admin asks for it (asked).
 func (vm *VM) giveBack(ctx context.Context, c *claim, asked bool) error {
 	r, err := c.read()
 	if err != nil || r == nil {
@@ -230,13 +239,12 @@ func (vm *VM) giveBack(ctx context.Context, c *claim, asked bool) error {
 		if lock, err = vm.lockNow(); err != nil {
 			return err
 		}
-		// It was set between the beginning and the time at which it would have been given up.
-		ours = lock == nil || asked && !lock.Changed.Before(r.Begun.Add(-time.Second)) && lock.Changed.Before(r.Begun.Add(lockLimit))
+		ours = lock == nil || asked && r.may(lock.Changed)
 	}
 	switch {
 	case lock == nil: // there is no backup lock
 	case !ours:
-		return fmt.Errorf("VM %s: a run of ours was killed while it took the lock: %w", vm.ID, proxmox.ErrNotOurs)
+		return fmt.Errorf("VM %s: a run of ours, or its qm, was killed while it took the lock: %w", vm.ID, proxmox.ErrNotOurs)
 	default:
 		if err := vm.site.Host.Unlock(ctx, *lock); err != nil {
 			return err

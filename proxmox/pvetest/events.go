@@ -16,64 +16,99 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// keepers are those who keep qmeventd from ending VMs.
-type keepers struct {
-	mu    sync.Mutex
-	count map[string]int    // by VMID
-	owed  map[string]func() // what is to be done when the last has gone
+// monitors are the QEMUs that are connected to qmeventd, by VMID.
+type monitors struct {
+	mu   sync.Mutex
+	qemu map[string]*monitor
 }
 
-// listenEvents is qmeventd: it ends a QEMU whose guest has powered off, unless somebody holds the VM for a backup, and
+// monitor is what qmeventd knows of one QEMU. As in the original there is one flag for all who keep it alive.
+type monitor struct {
+	conn   net.Conn
+	pid    int
+	backup bool
+	ending bool
+}
+
+// listenEvents is qmeventd: it ends a QEMU whose guest has powered off, unless somebody keeps the VM for a backup, and
 // cleans up when a QEMU has gone.
 func (n *Node) listenEvents() error {
-	k := &keepers{count: map[string]int{}, owed: map[string]func(){}}
+	m := &monitors{qemu: map[string]*monitor{}}
 	return n.listen(n.Events, func(ctx context.Context, conn net.Conn) {
-		var first map[string]json.RawMessage
+		kept := "" // the VM that this client keeps
 		in := json.NewDecoder(bufio.NewReader(conn))
-		if in.Decode(&first) != nil {
-			return
+		for {
+			var message struct {
+				QMP    json.RawMessage
+				Vzdump *struct{ VMID string }
+			}
+			if in.Decode(&message) != nil {
+				break
+			}
+			switch {
+			case message.QMP != nil:
+				n.watch(ctx, conn, in, m)
+				return
+			case message.Vzdump != nil && m.keep(message.Vzdump.VMID):
+				kept = message.Vzdump.VMID
+			}
 		}
-		var keeper struct{ VMID string }
-		switch {
-		case first["QMP"] != nil:
-			n.watch(ctx, conn, in, k)
-		case first["vzdump"] != nil && json.Unmarshal(first["vzdump"], &keeper) == nil:
-			k.hold(keeper.VMID)
-			defer k.release(keeper.VMID)
-			_, _ = io.Copy(io.Discard, conn)
+		if ctx.Err() == nil { // the test goes on
+			m.release(kept)
 		}
 	})
 }
 
-func (k *keepers) hold(vmid string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.count[vmid]++
+// keep is false for a VM whose QEMU is not connected.
+func (m *monitors) keep(vmid string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	q := m.qemu[vmid]
+	if q != nil {
+		q.backup = true
+	}
+	return q != nil
 }
 
-func (k *keepers) release(vmid string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.count[vmid]--
-	if end := k.owed[vmid]; end != nil && k.count[vmid] == 0 {
-		delete(k.owed, vmid)
-		end()
+// release is the end of one who has kept the VM: it counts for all.
+func (m *monitors) release(vmid string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if q := m.qemu[vmid]; q != nil {
+		q.backup = false
+		q.ask()
 	}
 }
 
-// unlessHeld does end, now or when nobody holds the VM any more.
-func (k *keepers) unlessHeld(vmid string, end func()) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.count[vmid] > 0 {
-		k.owed[vmid] = end
+// asked is false for a QEMU that is ending: then a SHUTDOWN tells of our own signal.
+func (m *monitors) asked(q *monitor) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !q.ending {
+		q.ask()
+	}
+	return !q.ending
+}
+
+// ask has QEMU tell its run state; answered does the rest.
+func (q *monitor) ask() {
+	_, _ = io.WriteString(q.conn, `{"execute":"query-status"}`) // where QEMU has gone there is nothing to be done
+}
+
+// answered ends a QEMU that is not active, unless it is kept.
+func (m *monitors) answered(q *monitor, status string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if status == "running" || status == "paused" || q.backup || q.ending {
 		return
 	}
-	end()
+	q.ending = true
+	// By its number: it is ours, and has not been waited for while it is connected.
+	_ = syscall.Kill(q.pid, syscall.SIGTERM)
 }
 
 // watch serves a QEMU, until it has gone.
-func (n *Node) watch(ctx context.Context, conn net.Conn, in *json.Decoder, k *keepers) {
+func (n *Node) watch(ctx context.Context, conn net.Conn, in *json.Decoder, m *monitors) {
 	vmid, pid, err := connected(conn)
 	if err != nil {
 		return
@@ -81,25 +116,32 @@ func (n *Node) watch(ctx context.Context, conn net.Conn, in *json.Decoder, k *ke
 	if _, err := io.WriteString(conn, `{"execute":"qmp_capabilities"}`); err != nil {
 		return
 	}
-	clean, asked := false, false // clean: ended by a command, so that qm cleans up
+	q := &monitor{conn: conn, pid: pid}
+	m.mu.Lock()
+	m.qemu[vmid] = q
+	m.mu.Unlock()
+	clean := false // ended by a command, so that qm cleans up
 	for {
-		var event struct {
-			Event string
-			Data  struct{ Guest bool }
+		var message struct {
+			Event  string
+			Data   struct{ Guest bool }
+			Return struct{ Status string }
 		}
-		if in.Decode(&event) != nil {
+		if in.Decode(&message) != nil {
 			break
 		}
-		if event.Event != "SHUTDOWN" || asked {
-			continue // the second tells of our own signal
-		}
-		asked = true
-		clean = !event.Data.Guest
-		if event.Data.Guest {
-			// By its number: it is ours, and has not been waited for while it is connected.
-			k.unlessHeld(vmid, func() { _ = syscall.Kill(pid, syscall.SIGTERM) })
+		switch {
+		case message.Return.Status != "":
+			m.answered(q, message.Return.Status)
+		case message.Event == "SHUTDOWN" && m.asked(q):
+			clean = !message.Data.Guest
 		}
 	}
+	m.mu.Lock()
+	if m.qemu[vmid] == q {
+		delete(m.qemu, vmid)
+	}
+	m.mu.Unlock()
 	if ctx.Err() != nil {
 		return // the test ends
 	}

@@ -249,14 +249,18 @@ func TestEvents(t *testing.T) {
 	wait(t, "the clean-up", func() bool { return strings.Contains(n.QM("pending", "110"), "cur args: -rtc") })
 
 	n.QM("start", "110")
-	conn, err := net.Dial("unix", n.Events)
-	if err != nil {
-		t.Fatal(err)
+	keep := func() net.Conn {
+		t.Helper()
+		conn, err := net.Dial("unix", n.Events)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		time.Sleep(200 * time.Millisecond) // a QEMU that has just been started connects
+		say(t, conn)
+		return conn
 	}
-	if _, err := conn.Write([]byte(`{"vzdump":{"vmid":"110"}}`)); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(100 * time.Millisecond) // to be read
+	conn := keep()
 	n.VM(110).PowerOff()
 	n.VM(110).WaitEvent("SHUTDOWN", 30*time.Second)
 	time.Sleep(200 * time.Millisecond)
@@ -265,4 +269,54 @@ func TestEvents(t *testing.T) {
 	}
 	_ = conn.Close()
 	wait(t, "QEMU's end", func() bool { return !n.running("110") })
+
+	// Any end counts for all, and is of no harm to a guest that runs; the same said again helps.
+	wait(t, "the start", func() bool {
+		code, _, _ := n.TryQM("start", "110")
+		return code == 0
+	})
+	conn = keep()
+	for _, again := range []bool{true, false} {
+		_ = keep().Close()
+		time.Sleep(200 * time.Millisecond)
+		if got := n.QM("status", "110"); got != "status: running\n" {
+			t.Errorf("it runs: %s", got)
+		}
+		if again {
+			say(t, conn)
+		}
+		n.VM(110).PowerOff()
+		if !again {
+			break
+		}
+		n.VM(110).WaitEvent("SHUTDOWN", 30*time.Second)
+		time.Sleep(200 * time.Millisecond)
+		if got := n.QM("status", "110"); got != "status: shutdown\n" {
+			t.Errorf("held: %s", got)
+		}
+		n.QM("reset", "110")
+		n.VM(110).Execute("cont", nil, nil)
+	}
+	wait(t, "QEMU's end", func() bool { return !n.running("110") })
+
+	// In other states an end is QEMU's.
+	wait(t, "the start", func() bool {
+		code, _, _ := n.TryQM("start", "110")
+		return code == 0
+	})
+	conn = keep()
+	n.VM(110).Execute("stop", nil, nil)
+	n.VM(110).Execute("system_reset", nil, nil)
+	wait(t, "the reset", func() bool { return n.QM("status", "110") == "status: prelaunch\n" })
+	_ = conn.Close()
+	wait(t, "QEMU's end", func() bool { return !n.running("110") })
+}
+
+// say keeps VM 110 alive.
+func say(t *testing.T, conn net.Conn) {
+	t.Helper()
+	if _, err := conn.Write([]byte(`{"vzdump":{"vmid":"110"}}`)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond) // to be read
 }
