@@ -20,7 +20,7 @@ packages=(
 	fuse3                                  # fusermount3
 	e2fsprogs xfsprogs btrfs-progs fdisk   # file systems and partitions in test images
 	ntfs-3g dosfstools mtools lvm2
-	guestmount libguestfs-xfs              # the files in a point
+	guestmount libguestfs-xfs kmod         # the files in a point
 )
 
 # apt-get, as root, quiet unless it fails.
@@ -94,10 +94,13 @@ guest=$cache/guest-$(sha256sum "$here/guest.sh" | cut -c 1-12)
 # libguestfs starts an installed kernel. In a container there is none, and on a
 # developer's machine one for tests must not come between it and its boot loader.
 appliance=$cache/appliance
-if ! compgen -G '/boot/vmlinuz-*' >/dev/null && [[ ! -d $appliance ]]; then
+if ! compgen -G '/boot/vmlinuz-*' >/dev/null && ! compgen -G "$appliance/lib/modules/*/modules.dep" >/dev/null; then
 	echo "unpacking a kernel into $appliance"
-	rm -rf "$appliance.new"
+	rm -rf "$appliance.new" "$appliance"
 	"$here/debs.sh" bookworm "$appliance.new" linux-image-cloud-amd64
+	for modules in "$appliance.new"/lib/modules/*; do
+		PATH=$PATH:/usr/sbin:/sbin depmod --basedir "$appliance.new" "$(basename "$modules")"
+	done
 	mv "$appliance.new" "$appliance"
 fi
 # supermin looks into it though it is told of another.
