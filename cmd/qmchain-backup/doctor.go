@@ -26,8 +26,8 @@ type doctorCmd struct {
 	FleeceDir   string        `placeholder:"DIR" help:"The folder for fleece images, where it is not the default."`
 	KeepDir     string        `placeholder:"DIR" help:"Where keep keeps bitmaps, if that is not its default."`
 	LockWait    time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
-	Fix         bool          `help:"Put right what can be put right."`
-	BreakLock   string        `placeholder:"LOCK" help:"Take away this lock of a run that has certainly ended, on another host for one."`
+	Fix         bool          `conf:"no" help:"Put right what can be put right."`
+	BreakLock   string        `conf:"no" placeholder:"LOCK" help:"Take away this lock of a run that has certainly ended, on another host for one."`
 	JSON        bool          `name:"json" help:"Print one JSON document."`
 }
 
