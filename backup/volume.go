@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"qmchain/internal/child"
+	"qmchain/internal/mountinfo"
 )
 
 // A volume is one file or block device that a disk's bytes lie in, in a state that can be told from any later one: two equal
@@ -210,13 +212,13 @@ func fileStateOf(st *unix.Statx_t) (*fileState, error) {
 
 // lazyTimes reports whether a mount keeps times in memory, where a crash of the host loses them.
 func lazyTimes(mount uint64) (bool, error) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return false, err
 	}
-	for line := range strings.Lines(string(text)) {
-		if id, rest, _ := strings.Cut(line, " "); id == strconv.FormatUint(mount, 10) {
-			return strings.Contains(rest, "lazytime"), nil
+	for _, m := range mounts {
+		if m.ID == strconv.FormatUint(mount, 10) {
+			return slices.Contains(strings.Split(m.Options, ","), "lazytime"), nil
 		}
 	}
 	return false, fmt.Errorf("its mount is not known: %w", errNoProof)

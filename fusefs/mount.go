@@ -21,6 +21,7 @@ import (
 	"qmchain/chain/image"
 	"qmchain/chain/source"
 	"qmchain/fusefs/tree"
+	"qmchain/internal/mountinfo"
 )
 
 // Errors of Mount and Unmount.
@@ -105,7 +106,7 @@ const (
 // Mounted is a mount that is being served.
 type Mounted struct {
 	dir   string
-	entry mountEntry // as it was made
+	entry mountinfo.Entry // as it was made
 	log   logrus.FieldLogger
 	fsys  *fileSystem
 	place *os.File // the folder under the mount, locked
@@ -291,12 +292,12 @@ func (m *Mounted) abandon() {
 
 // identify finds out which mount ours is.
 func (m *Mounted) identify() error {
-	mounts, err := readMounts()
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return err
 	}
-	entry, ok := topMount(mounts, m.dir)
-	if !ok || entry.fsType != fsType {
+	entry, ok := mountinfo.Top(mounts, m.dir)
+	if !ok || entry.Type != fsType {
 		return fmt.Errorf("mount %s: it was taken away at once", m.dir)
 	}
 	m.entry = entry
@@ -336,7 +337,7 @@ func firstAnswer(dir string) error {
 // setReadAhead raises the mount's read-ahead. Only root may, and only through sysfs: what is agreed on with the kernel at
 // the mount can lower it, not raise it.
 func (m *Mounted) setReadAhead() {
-	path := "/sys/class/bdi/" + m.entry.device + "/read_ahead_kb"
+	path := "/sys/class/bdi/" + m.entry.Device + "/read_ahead_kb"
 	if err := os.WriteFile(path, []byte(strconv.Itoa(readAheadKB)), 0); err != nil {
 		m.log.WithError(err).Debug("read-ahead stays at the kernel's default, sequential reads are slower")
 	}
@@ -363,7 +364,7 @@ func clearMountPoint(ctx context.Context, dir string, log logrus.FieldLogger) (s
 // checkMountPoint returns the mount point's path without symbolic links. It does so with ErrStale, too, if the mount is one
 // of this program's.
 func checkMountPoint(ctx context.Context, dir string) (string, error) {
-	mounts, err := readMounts()
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return "", err
 	}
@@ -371,9 +372,9 @@ func checkMountPoint(ctx context.Context, dir string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("mount point: %w", err)
 	}
-	if top, ok := topMount(mounts, path); ok && top.fsType == fsType {
+	if top, ok := mountinfo.Top(mounts, path); ok && top.Type == fsType {
 		if answers(ctx, path) {
-			return "", fmt.Errorf("%s: %w (%s)", path, ErrMounted, top.source)
+			return "", fmt.Errorf("%s: %w (%s)", path, ErrMounted, top.Source)
 		}
 		return path, fmt.Errorf("%s: %w", path, ErrStale)
 	}
@@ -392,7 +393,7 @@ func checkMountPoint(ctx context.Context, dir string) (string, error) {
 
 // mountPath returns the path by which mountinfo knows dir. It does not look at dir itself if that is a mount point: that
 // could be a mount whose server does not answer.
-func mountPath(mounts []mountEntry, dir string) (string, error) {
+func mountPath(mounts []mountinfo.Entry, dir string) (string, error) {
 	path, err := filepath.Abs(dir)
 	if err != nil {
 		return "", err
@@ -404,7 +405,7 @@ func mountPath(mounts []mountEntry, dir string) (string, error) {
 	if path != "/" {
 		path = filepath.Join(parent, filepath.Base(path))
 	}
-	if _, ok := topMount(mounts, path); ok {
+	if _, ok := mountinfo.Top(mounts, path); ok {
 		return path, nil
 	}
 	return filepath.EvalSymlinks(path)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"qmchain/internal/mountinfo"
 )
 
 // A server must end when its mount does, and there is more than one way in which it might not:
@@ -74,7 +76,7 @@ func (m *Mounted) watch() {
 // watchMounts says when the mounts of our namespace have changed, until the mount has ended. Without it the watch is only
 // slower to notice.
 func (m *Mounted) watchMounts(changed chan<- struct{}) {
-	fd, err := unix.Open(mountinfoPath, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(mountinfo.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		m.log.WithError(err).Debug("changes of the mounts are not reported")
 		return
@@ -125,7 +127,7 @@ func (m *Mounted) closeFD() {
 
 // attached reports whether the mount is in our mount namespace. A doubt counts as yes.
 func (m *Mounted) attached() bool {
-	mounts, err := readMounts()
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return true
 	}
@@ -136,13 +138,13 @@ func (m *Mounted) attached() bool {
 // find returns our mount. Numbers of mounts and devices are given to others as soon as they are free, and other people's
 // mounts are not ours to end: so the number of the device counts only while the kernel has the connection, for it is not
 // free then, and after that only at our own place, which nobody else takes as long as we have it locked.
-func (m *Mounted) find(mounts []mountEntry) (mountEntry, bool) {
+func (m *Mounted) find(mounts []mountinfo.Entry) (mountinfo.Entry, bool) {
 	for _, e := range mounts {
-		if e.id == m.entry.id && e.device == m.entry.device && e.fsType == fsType && e.source == m.entry.source {
-			return e, e.point == m.dir || m.alive()
+		if e.ID == m.entry.ID && e.Device == m.entry.Device && e.Type == fsType && e.Source == m.entry.Source {
+			return e, e.Point == m.dir || m.alive()
 		}
 	}
-	return mountEntry{}, false
+	return mountinfo.Entry{}, false
 }
 
 // awaitServed gives requests that are being served a last moment. What then keeps go-fuse from ending is other's.
@@ -158,7 +160,7 @@ func (m *Mounted) awaitServed(other error) {
 // stop ends what is left of the mount.
 func (m *Mounted) stop(err error) {
 	m.once.Do(func() {
-		if mounts, err := readMounts(); err == nil {
+		if mounts, err := mountinfo.Read(); err == nil {
 			if entry, ok := m.find(mounts); ok {
 				if err := m.unmountEntry(context.Background(), mounts, entry, true); err != nil {
 					m.log.WithError(err).Warn("a dead mount is left")
@@ -181,7 +183,7 @@ func (m *Mounted) stop(err error) {
 
 // abort makes the kernel give up the connection, where fusectl is mounted. The end of the process does it everywhere.
 func (m *Mounted) abort() bool {
-	_, minor, _ := strings.Cut(m.entry.device, ":")
+	_, minor, _ := strings.Cut(m.entry.Device, ":")
 	err := os.WriteFile(filepath.Join("/sys/fs/fuse/connections", minor, "abort"), []byte("1"), 0)
 	if err != nil {
 		m.log.WithError(err).Debug("the connection can't be aborted")
@@ -203,7 +205,7 @@ func (m *Mounted) Unmount(ctx context.Context) error {
 		return m.awaitGone()
 	}
 	aborted := false
-	if mounts, err := readMounts(); err == nil {
+	if mounts, err := mountinfo.Read(); err == nil {
 		if entry, ok := m.find(mounts); ok {
 			m.log.Warn("the mount is in use: it is detached, and what is open gets errors from now on")
 			if err := m.unmountEntry(ctx, mounts, entry, true); err != nil {
@@ -222,7 +224,7 @@ func (m *Mounted) Unmount(ctx context.Context) error {
 func (m *Mounted) tryUnmount(ctx context.Context) bool {
 	deadline := time.Now().Add(busyLimit)
 	for {
-		mounts, err := readMounts()
+		mounts, err := mountinfo.Read()
 		if err != nil {
 			m.log.WithError(err).Warn("unmount")
 			return false
@@ -251,11 +253,11 @@ func (m *Mounted) tryUnmount(ctx context.Context) bool {
 }
 
 // unmountEntry unmounts our mount where it is now. It leaves what somebody else has mounted on top of it.
-func (m *Mounted) unmountEntry(ctx context.Context, mounts []mountEntry, entry mountEntry, force bool) error {
-	if top, _ := topMount(mounts, entry.point); top.id != entry.id {
-		return fmt.Errorf("%s is covered by another mount (%s)", entry.point, top.fsType)
+func (m *Mounted) unmountEntry(ctx context.Context, mounts []mountinfo.Entry, entry mountinfo.Entry, force bool) error {
+	if top, _ := mountinfo.Top(mounts, entry.Point); top.ID != entry.ID {
+		return fmt.Errorf("%s is covered by another mount (%s)", entry.Point, top.Type)
 	}
-	return unmountAt(ctx, entry.point, force, force)
+	return unmountAt(ctx, entry.Point, force, force)
 }
 
 // awaitGone waits for the watch to see the end.
@@ -281,7 +283,7 @@ const serverLimit = 15 * time.Second
 // point. Lazy detaches a mount that is in use; its server then ends with the last use, which is not waited for. It wraps
 // ErrNotMounted, ErrBusy, or what the system says. A mount whose server is dead is unmounted like any other.
 func Unmount(ctx context.Context, dir string, lazy bool) error {
-	mounts, err := readMounts()
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return err
 	}
@@ -289,7 +291,7 @@ func Unmount(ctx context.Context, dir string, lazy bool) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNotMounted, err)
 	}
-	if top, ok := topMount(mounts, path); !ok || top.fsType != fsType {
+	if top, ok := mountinfo.Top(mounts, path); !ok || top.Type != fsType {
 		return fmt.Errorf("%s: %w", path, ErrNotMounted)
 	}
 	if err := unmountAt(ctx, path, lazy, false); err != nil {
@@ -301,10 +303,10 @@ func Unmount(ctx context.Context, dir string, lazy bool) error {
 	if lazy {
 		return nil
 	}
-	if mounts, err = readMounts(); err != nil {
+	if mounts, err = mountinfo.Read(); err != nil {
 		return err
 	}
-	if top, ok := topMount(mounts, path); ok && top.fsType == autofsType {
+	if top, ok := mountinfo.Top(mounts, path); ok && top.Type == autofsType {
 		return nil // to open the place would have it mounted again
 	}
 	place, err := lockPlace(ctx, path, serverLimit)

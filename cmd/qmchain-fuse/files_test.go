@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -31,6 +32,7 @@ import (
 //	killserver WHICH...     send SIGKILL to: keeper, worker, server, guestmount or qemu
 //	termserver WHICH..., stopserver WHICH...
 //	                        send SIGTERM, SIGSTOP
+//	gone WHICH...           wait until there are none
 //	clean                   wait until nothing is left: no process, mount, loop device or temporary file
 //	mkshare DIR MNT         mount DIR at MNT, as a share is
 //	share WHEN              have reads of images in it hang: now; or mounting: while there is a loop device on the point; or not
@@ -70,9 +72,15 @@ func TestFilesScripts(t *testing.T) {
 			"killserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGKILL, args...) },
 			"termserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGTERM, args...) },
 			"stopserver": func(ts *testscript.TestScript, _ bool, args []string) { signalFiles(ts, unix.SIGSTOP, args...) },
-			"clean":      clean,
-			"mkshare":    mkShare,
-			"share":      setShare,
+			"gone": func(ts *testscript.TestScript, _ bool, which []string) {
+				eventually(ts, "gone", func() bool {
+					all := filesProcesses(ts.Getenv("WORK"))
+					return !slices.ContainsFunc(which, func(kind string) bool { return len(all[kind]) > 0 })
+				})
+			},
+			"clean":   clean,
+			"mkshare": mkShare,
+			"share":   setShare,
 			"atloop": func(ts *testscript.TestScript, _ bool, _ []string) {
 				eventually(ts, "a loop device", func() bool { return hasLoop(ts.Getenv("POINT")) })
 			},

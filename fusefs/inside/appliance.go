@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"qmchain/chain/nbd"
 )
@@ -157,45 +158,53 @@ func (a Appliance) Start(ctx context.Context) (_ *View, err error) {
 	return v, nil
 }
 
-// How the end of a mount is watched. A guestmount whose appliance hangs does not end with its mount.
-const (
-	watchEvery  = 2 * time.Second
-	endPatience = 10 * time.Second
-	connections = "/sys/fs/fuse/connections"
-)
+// endPatience is how long guestmount has to end after its mount. One whose appliance hangs never does.
+const endPatience = 10 * time.Second
 
-// watch ends a guestmount that does not end by itself though its mount has. Unmounted lazily, a mount lives on as long as
-// files are open: the kernel's list of FUSE connections tells.
+// watch ends a guestmount that does not end by itself though its mount has.
 func (v *View) watch(dir string, log logrus.FieldLogger) {
+	if err := v.awaitUnmount(dir); err != nil {
+		log.WithError(err).Warn("the end of the mount can't be watched")
+		return
+	}
+	select {
+	case <-v.done:
+	case <-time.After(endPatience):
+		log.Warn("the appliance does not end with its mount: it is killed")
+		v.Close()
+	}
+}
+
+// awaitUnmount waits until the kernel has given up the mount at dir, or the view has ended. A mount that is detached while
+// files are open lives until they are closed, which mountinfo does not show; inotify does, and does not keep it in use.
+func (v *View) awaitUnmount(dir string) error {
 	mount, err := topMount(dir)
-	if err != nil || !mount.ours() {
-		return
+	if err != nil || !ours(mount) {
+		return err
 	}
-	_, minor, _ := strings.Cut(mount.device, ":")
-	connection := filepath.Join(connections, minor)
-	if _, err := os.Stat(connection); err != nil {
-		log.WithError(err).Debug("the end of the mount can't be watched")
-		return
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("inotify: %w", err)
 	}
-	tick := time.NewTicker(watchEvery)
-	defer tick.Stop()
-	var gone time.Duration
-	for {
-		select {
-		case <-v.done:
-			return
-		case <-tick.C:
-		}
-		if _, err := os.Stat(connection); !errors.Is(err, os.ErrNotExist) {
-			gone = 0
-			continue
-		}
-		if gone += watchEvery; gone >= endPatience {
-			log.Warn("the appliance does not end with its mount: it is killed")
-			v.Close()
-			return
-		}
+	events := os.NewFile(uintptr(fd), "inotify")
+	defer events.Close()
+	go func() {
+		<-v.done
+		_ = events.Close()
+	}()
+	// Of the root of a mount nothing else is reported than that it is unmounted, which needs no flag.
+	_, err = unix.InotifyAddWatch(fd, dir, unix.IN_DELETE_SELF|unix.IN_ONLYDIR|unix.IN_DONT_FOLLOW)
+	if now, lookErr := topMount(dir); lookErr != nil || now.ID != mount.ID {
+		return lookErr // it was quicker
 	}
+	if err != nil {
+		return fmt.Errorf("inotify: %w", err)
+	}
+	_, err = events.Read(make([]byte, unix.SizeofInotifyEvent+unix.NAME_MAX+1))
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
 }
 
 // drives are what the appliance gets, in the order in which it names them.

@@ -139,7 +139,7 @@ func abortConnection(device int, number uint32) error {
 	if _, err := unix.Poll(fds, 0); err == nil && fds[0].Revents&unix.POLLERR != 0 {
 		return nil
 	}
-	return os.WriteFile(filepath.Join(connections, strconv.FormatUint(uint64(number), 10), "abort"), []byte("1"), 0)
+	return os.WriteFile(filepath.Join("/sys/fs/fuse/connections", strconv.FormatUint(uint64(number), 10), "abort"), []byte("1"), 0)
 }
 
 // oneFile is the file for those who use it, and its server.

@@ -1,18 +1,17 @@
 package inside
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"qmchain/internal/mountinfo"
 )
 
 // ErrBusy means that a file of the mount is in use.
@@ -22,7 +21,7 @@ var ErrBusy = errors.New("in use")
 // look at dir itself: the mount may not answer.
 func Mounted(dir string) (bool, error) {
 	m, err := topMount(dir)
-	return err == nil && m.ours(), err
+	return err == nil && ours(m), err
 }
 
 // Unmount ends the mount at dir, which must be one of this package's. Lazy also ends one that is in use; what is open then
@@ -76,61 +75,23 @@ func Detach(ctx context.Context, dir string) error {
 	return Unmount(ctx, dir, true)
 }
 
-// mountEntry is what is needed of a line of /proc/self/mountinfo, proc_pid_mountinfo(5).
-type mountEntry struct {
-	device, fsType, source string
-}
-
-func (m mountEntry) ours() bool {
-	return m.fsType == "fuse."+Subtype || isOurLoop(m.source)
+// ours tells whether this package has mounted it.
+func ours(m mountinfo.Entry) bool {
+	return m.Type == "fuse."+Subtype || isOurLoop(m.Source)
 }
 
 // topMount is what was mounted last at a path. It is empty where nothing is mounted.
-func topMount(path string) (mountEntry, error) {
+func topMount(path string) (mountinfo.Entry, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
-		return mountEntry{}, err
+		return mountinfo.Entry{}, err
 	}
 	// The last element is not looked at: see Mounted.
 	parent, err := filepath.EvalSymlinks(filepath.Dir(path))
 	if err != nil {
-		return mountEntry{}, err
+		return mountinfo.Entry{}, err
 	}
-	path = filepath.Join(parent, filepath.Base(path))
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return mountEntry{}, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	var top mountEntry
-	for lines.Scan() {
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-		if ok && len(left) >= 6 && len(right) >= 2 && unescape(left[4]) == path {
-			top = mountEntry{left[2], right[0], unescape(right[1])}
-		}
-	}
-	return top, lines.Err()
-}
-
-// unescape undoes what the kernel does to blanks and backslashes: three octal digits.
-func unescape(s string) string {
-	var b strings.Builder
-	for {
-		before, after, ok := strings.Cut(s, `\`)
-		b.WriteString(before)
-		if !ok {
-			return b.String()
-		}
-		c, err := strconv.ParseUint(after[:min(3, len(after))], 8, 8)
-		if err != nil {
-			b.WriteByte('\\')
-			s = after
-			continue
-		}
-		b.WriteByte(byte(c))
-		s = after[3:]
-	}
+	mounts, err := mountinfo.Read()
+	top, _ := mountinfo.Top(mounts, filepath.Join(parent, filepath.Base(path)))
+	return top, err
 }
