@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -28,6 +29,7 @@ type disks struct {
 	mu    sync.Mutex
 	pool  *image.Pool
 	open  map[diskKey]*openDisk
+	idle  []*openDisk // those of open that nobody uses, the longest first
 	ended bool
 
 	opened, reopened atomic.Uint64
@@ -41,14 +43,16 @@ type openDisk struct {
 	disks *disks
 	place tree.Place
 	key   diskKey
-	refs  int // guarded by disks.mu
+	refs  int         // guarded by disks.mu
+	timer *time.Timer // that will close it while it is idle; guarded by disks.mu
 	ready chan struct{}
 	err   error
 
 	now atomic.Pointer[openImage]
 
-	mu    sync.Mutex // of who opens it anew
-	tried time.Time  // when that was, last
+	mu       sync.Mutex    // of who opens it anew
+	tried    time.Time     // when that was, last
+	patience time.Duration // until it is tried again
 }
 
 // openImage is an image, the pool that has its files, and the set that it is from.
@@ -76,6 +80,7 @@ func (d *disks) acquire(p tree.Place, disk string) (*openDisk, error) {
 		o = &openDisk{disks: d, place: p, key: key, ready: make(chan struct{})}
 		d.open[key] = o
 	}
+	d.wake(o)
 	o.refs++
 	pool := d.pool
 	d.mu.Unlock()
@@ -111,17 +116,60 @@ func (d *disks) openNow(pool *image.Pool, p tree.Place, disk string) (*openImage
 	return &openImage{img, pool, l.set}, nil
 }
 
-// release gives a disk back; the last one closes the image.
+// What nobody uses is kept open for a moment: programs open a disk several times in a row (a file manager, mount(8), a
+// script), and to open a long chain takes longer than to read a little of it.
+const (
+	idleFor = 5 * time.Second
+	maxIdle = 4
+)
+
+// release gives a disk back; some time after the last one the image is closed.
 func (d *disks) release(o *openDisk) {
 	d.mu.Lock()
 	o.refs--
-	last := o.refs == 0
-	if last && d.open[o.key] == o {
-		delete(d.open, o.key)
+	var old *openDisk
+	if o.refs == 0 && d.open[o.key] == o {
+		if img := o.now.Load(); d.ended || img == nil || img.set.Kind() != source.Qmchain {
+			delete(d.open, o.key) // others change their images: what is opened is to be looked at again
+			old = o
+		} else {
+			d.idle = append(d.idle, o)
+			o.timer = time.AfterFunc(idleFor, func() { d.tire(o) })
+			if len(d.idle) > maxIdle {
+				old = d.idle[0]
+				d.forget(old)
+			}
+		}
 	}
 	d.mu.Unlock()
-	if last {
+	if old != nil {
+		old.close()
+	}
+}
+
+// tire closes a disk that is still idle.
+func (d *disks) tire(o *openDisk) {
+	d.mu.Lock()
+	idle := slices.Contains(d.idle, o)
+	if idle {
+		d.forget(o)
+	}
+	d.mu.Unlock()
+	if idle {
 		o.close()
+	}
+}
+
+// forget takes out a disk that is idle, and wake makes it one that is not. The caller holds the lock.
+func (d *disks) forget(o *openDisk) {
+	d.wake(o)
+	delete(d.open, o.key)
+}
+
+func (d *disks) wake(o *openDisk) {
+	if i := slices.Index(d.idle, o); i >= 0 {
+		o.timer.Stop()
+		d.idle = slices.Delete(d.idle, i, i+1)
 	}
 }
 
@@ -135,11 +183,11 @@ func (o *openDisk) close() {
 // inUse is the number of handles.
 func (d *disks) inUse() int { return int(d.handles.Load()) }
 
-// count is the number of disks that are open.
+// count is the number of disks that are in use.
 func (d *disks) count() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.open)
+	return len(d.open) - len(d.idle)
 }
 
 // end closes all images: the kernel does not give handles back once the mount has ended. It must not be called while
@@ -147,6 +195,9 @@ func (d *disks) count() int {
 func (d *disks) end() {
 	d.mu.Lock()
 	d.ended = true
+	for len(d.idle) > 0 {
+		d.wake(d.idle[0])
+	}
 	all := d.open
 	d.open = map[diskKey]*openDisk{}
 	d.mu.Unlock()
@@ -167,8 +218,12 @@ func (d *disks) renew(old *image.Pool) *image.Pool {
 	return d.pool
 }
 
-// reopenAgain is how long a disk that can't be read is not opened anew again: it costs some reads for each layer.
-const reopenAgain = 2 * time.Second
+// How long a disk that can't be read is not opened anew again: it costs some reads for each layer. Where that works and does
+// not help, as with a bad spot of the disk below, the time doubles.
+const (
+	reopenAgain = 2 * time.Second
+	reopenLimit = time.Minute
+)
 
 func (o *openDisk) Size() int64 { return o.now.Load().Size() }
 
@@ -208,8 +263,12 @@ func (o *openDisk) reopen(old *openImage, why error) *openImage {
 		return now // somebody was faster
 	}
 	clock := o.disks.catalog.now
-	if !o.tried.IsZero() && clock().Sub(o.tried) < reopenAgain {
+	since := clock().Sub(o.tried)
+	if since < o.patience {
 		return nil
+	}
+	if since > 2*o.patience {
+		o.patience = reopenAgain
 	}
 	o.tried = clock()
 	now, err := o.disks.openNow(o.disks.renew(old.pool), o.place, o.key.disk)
@@ -221,6 +280,7 @@ func (o *openDisk) reopen(old *openImage, why error) *openImage {
 		_ = now.Close()
 		return nil
 	}
+	o.patience = min(2*o.patience, reopenLimit)
 	o.disks.reopened.Add(1)
 	o.now.Store(now)
 	go old.Close() // when those who read it have found the same

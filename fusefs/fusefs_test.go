@@ -591,21 +591,43 @@ func TestParallelReaders(t *testing.T) {
 	wg.Wait()
 }
 
-// The last close of a disk closes its image files.
+// The image files of a disk that nobody uses any more are closed some time after; those of a few disks only.
 func TestImagesAreClosed(t *testing.T) {
 	t.Parallel()
+	const points, kept = 7, 4
 	g := smallGuest(t)
-	m := mountRepo(t, g.Repo)
-	if n := openUnder(t, g.Repo.Dir); n != 0 {
-		t.Fatalf("%d files of the repository are open before any disk is", n)
+	for len(g.Points) < points {
+		increment(g, byte(len(g.Points)))
 	}
-	path := m.path("110", "latest", "scsi0.raw")
-	a, b := must(os.Open(path))(t), must(os.Open(path))(t)
-	eventually(t, "open", func() bool { return openUnder(t, g.Repo.Dir) == 2 })
-	_ = a.Close()
-	eventually(t, "still open for the second handle", func() bool { return openUnder(t, g.Repo.Dir) == 2 })
-	_ = b.Close()
-	eventually(t, "closed", func() bool { return openUnder(t, g.Repo.Dir) == 0 })
+	m := mountRepo(t, g.Repo)
+	isOpen := func(n int) func() bool { return func() bool { return openUnder(t, g.Repo.Dir) == n } }
+	opened := func(want int) {
+		t.Helper()
+		if n := counter(t, m, `qmchain_fuse_disks_opened_total{,how="first"`); n != strconv.Itoa(want) {
+			t.Errorf("disks were opened %s times, want %d", n, want)
+		}
+	}
+	unused := func() bool { return counter(t, m, "qmchain_fuse_open_disks{") == "0" }
+	if !isOpen(0)() {
+		t.Fatal("files of the repository are open before any disk is")
+	}
+	for _, p := range slices.Backward(g.Points) {
+		path := m.path("110", string(p.ID), "scsi0.raw")
+		a, b := must(os.Open(path))(t), must(os.Open(path))(t)
+		_ = a.Close()
+		_ = must(io.ReadAll(b))(t)
+		_ = b.Close()
+		eventually(t, "not in use", unused)
+	}
+	opened(points)
+	if !isOpen(kept)() { // those of the oldest points, of which each has one file more than the one before
+		t.Errorf("%d files are open, want %d", openUnder(t, g.Repo.Dir), kept)
+	}
+	for range 3 {
+		_ = must(os.Open(m.path("110", string(g.Points[0].ID), "scsi0.raw")))(t).Close()
+	}
+	opened(points)
+	eventually(t, "closed", isOpen(0))
 }
 
 // openUnder counts this process's open image files under dir.

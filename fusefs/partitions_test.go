@@ -178,12 +178,12 @@ func TestPartitions(t *testing.T) {
 	if err := m.Unmount(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	if n := openUnder(t, g.Repo.Dir); n != 0 {
+		t.Errorf("%d images are left open", n)
+	}
 	again := mountRepo(t, g.Repo)
 	if now := must(os.Stat(again.path("110", first, "scsi0-part2.raw")))(t).Sys().(*syscall.Stat_t).Ino; now != inode {
 		t.Errorf("inode %d in another mount, %d before", now, inode)
-	}
-	if n := openUnder(t, g.Repo.Dir); n != 0 {
-		t.Errorf("%d images are left open", n)
 	}
 }
 

@@ -52,6 +52,10 @@ type file struct {
 
 	changing bool // see Layer.Changing
 
+	// scattered has the kernel read what is asked for and no more. Its read-ahead follows one reader from the beginning
+	// to the end; several at a time, as there are of a mount, have it wait for itself: seen to take twice the processor.
+	scattered bool
+
 	// verify, if set, looks at a file that was opened again.
 	verify func(io.ReaderAt) error
 
@@ -277,6 +281,9 @@ func (f *file) openNow() (int, error) {
 	if err := f.same(fd); err != nil {
 		_ = unix.Close(fd)
 		return 0, fmt.Errorf("%s: %w", f.name, err)
+	}
+	if f.scattered {
+		_ = unix.Fadvise(fd, 0, 0, unix.FADV_RANDOM) // without, it is only slower
 	}
 	return fd, nil
 }
