@@ -2,7 +2,6 @@ package chain
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 	"time"
 )
@@ -11,13 +10,9 @@ import (
 // Ids of one guest sort in the order in which the points were made, whatever the clock did meanwhile: see NewID.
 type ID string
 
-const idTime = "20060102T150405Z"
-
-var (
-	idPattern   = regexp.MustCompile(`^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}$`)
-	namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
-	vmidPattern = regexp.MustCompile(`^[1-9][0-9]{0,8}$`)
-	digits      = regexp.MustCompile(`^[0-9]+$`)
+const (
+	idTime  = "20060102T150405Z"
+	idShape = "00000000T000000Z-xxxx" // 0: a digit; x: a hex digit
 )
 
 // NewID returns the id of a point made now after the point prev ("" for none). A clock that went back does not break the
@@ -32,7 +27,7 @@ func NewID(now time.Time, prev ID, random uint16) ID {
 
 // ParseID checks that s is a well-formed id.
 func ParseID(s string) (ID, error) {
-	if !idPattern.MatchString(s) {
+	if !hasIDShape(s) {
 		return "", fmt.Errorf("%q is not a point's id (they look like 20261120T101523Z-3f9c)", s)
 	}
 	if _, err := time.Parse(idTime, s[:len(idTime)]); err != nil {
@@ -40,6 +35,32 @@ func ParseID(s string) (ID, error) {
 	}
 	return ID(s), nil
 }
+
+// Not a regular expression, here and below: these are asked for each name in a folder, and several times for each manifest.
+func hasIDShape(s string) bool {
+	if len(s) != len(idShape) {
+		return false
+	}
+	for i := range len(s) {
+		switch c := s[i]; idShape[i] {
+		case '0':
+			if !isDigit(c) {
+				return false
+			}
+		case 'x':
+			if !isDigit(c) && (c < 'a' || c > 'f') {
+				return false
+			}
+		default:
+			if c != idShape[i] {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 
 // Time is the time in the id. It orders points; the true time of a point stands in its manifest.
 func (id ID) Time() time.Time {
@@ -53,10 +74,11 @@ func (id ID) Time() time.Time {
 
 // CheckGuestName says what is wrong with a guest's name. Names of digits alone are VMIDs of Proxmox VE.
 func CheckGuestName(name string) error {
-	if !namePattern.MatchString(name) {
+	if !isName(name) {
 		return fmt.Errorf("%q can't be a guest's name: letters, digits, '.', '_' and '-', at most 64, the first a letter or digit", name)
 	}
-	if digits.MatchString(name) && !vmidPattern.MatchString(name) {
+	digits := strings.Trim(name, "0123456789") == ""
+	if digits && (name[0] == '0' || len(name) > maxVMIDDigits) {
 		return fmt.Errorf("%q can't be a guest's name: a name of digits alone is a VMID (1 to 999999999)", name)
 	}
 	return nil
@@ -64,10 +86,29 @@ func CheckGuestName(name string) error {
 
 // CheckDiskName says what is wrong with a disk's name.
 func CheckDiskName(name string) error {
-	if !namePattern.MatchString(name) {
+	if !isName(name) {
 		return fmt.Errorf("%q can't be a disk's name: letters, digits, '.', '_' and '-', at most 64, the first a letter or digit", name)
 	}
 	return nil
+}
+
+const (
+	maxName       = 64
+	maxVMIDDigits = 9
+)
+
+func isName(s string) bool {
+	if s == "" || len(s) > maxName || strings.IndexByte("._-", s[0]) >= 0 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
+		if !letter && !isDigit(c) && strings.IndexByte("._-", c) < 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // Ref is how a user names one point: GUEST/latest, GUEST/ID or GUEST/PREFIX-OF-AN-ID.

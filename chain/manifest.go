@@ -202,34 +202,48 @@ func DecodeManifest(text []byte) (*Manifest, error) {
 	damaged := func(format string, args ...any) error {
 		return fmt.Errorf("%w: %s", ErrDamaged, fmt.Sprintf(format, args...))
 	}
-	var head struct {
-		Format int `json:"format"`
+	m, read := decodeOwn(text)
+	if !read {
+		var head struct {
+			Format int `json:"format"`
+		}
+		if err := json.Unmarshal(text, &head); err != nil {
+			return nil, damaged("manifest: %v", err)
+		}
+		m = &Manifest{Format: head.Format} // of the others a newer format may have made something else
 	}
-	if err := json.Unmarshal(text, &head); err != nil {
-		return nil, damaged("manifest: %v", err)
+	if m.Format > FormatVersion {
+		return nil, fmt.Errorf("manifest of format %d: this version of qmchain reads up to %d", m.Format, FormatVersion)
 	}
-	if head.Format > FormatVersion {
-		return nil, fmt.Errorf("manifest of format %d: this version of qmchain reads up to %d", head.Format, FormatVersion)
+	if err := checkSeal(text); err != nil {
+		return nil, damaged("manifest %v", err)
 	}
-	at := bytes.LastIndex(text, []byte(sealKey))
-	if at < 0 || len(text) < at+len(sealKey)+len(sealZeros) {
-		return nil, damaged("manifest has no seal")
-	}
-	at += len(sealKey)
-	zeroed := bytes.Clone(text)
-	copy(zeroed[at:], sealZeros)
-	sum := sha256.Sum256(zeroed)
-	if hex.EncodeToString(sum[:]) != string(text[at:at+len(sealZeros)]) {
-		return nil, damaged("manifest was changed after it was written (its seal does not fit)")
-	}
-	var m Manifest
-	if err := json.Unmarshal(text, &m); err != nil {
-		return nil, damaged("manifest: %v", err)
+	if !read {
+		if err := json.Unmarshal(text, m); err != nil {
+			return nil, damaged("manifest: %v", err)
+		}
 	}
 	if err := m.Validate(); err != nil {
 		return nil, damaged("manifest: %v", err)
 	}
-	return &m, nil
+	return m, nil
+}
+
+// checkSeal says what is wrong with the seal in the text of a manifest.
+func checkSeal(text []byte) error {
+	at := bytes.LastIndex(text, []byte(sealKey))
+	if at < 0 || len(text) < at+len(sealKey)+len(sealZeros) {
+		return errors.New("has no seal")
+	}
+	at += len(sealKey)
+	h := sha256.New()
+	h.Write(text[:at])
+	h.Write([]byte(sealZeros))
+	h.Write(text[at+len(sealZeros):])
+	if hex.EncodeToString(h.Sum(nil)) != string(text[at:at+len(sealZeros)]) {
+		return errors.New("was changed after it was written (its seal does not fit)")
+	}
+	return nil
 }
 
 // KnowsAll returns an error if a manifest's file has keys that this version does not know: it can be read, but not be written
@@ -350,7 +364,7 @@ func (d *Disk) checkFile(bytes int64, sums Sums, generation int) error {
 	if bytes <= 0 {
 		return fmt.Errorf("image of %d bytes", bytes)
 	}
-	if b, err := hex.DecodeString(sums.SHA256); err != nil || len(b) != sha256.Size {
+	if !isHex(strings.ToLower(sums.SHA256), 2*sha256.Size) {
 		return fmt.Errorf("%q is not a SHA-256", sums.SHA256)
 	}
 	return nil
@@ -367,10 +381,15 @@ func (r *ImageRef) validate() error {
 }
 
 func checkUUID(s string) error {
-	if b, err := hex.DecodeString(s); err != nil || len(b) != 16 || strings.ToLower(s) != s {
+	if !isHex(s, 32) {
 		return fmt.Errorf("%q is not a uuid of 32 lower-case hex digits", s)
 	}
 	return nil
+}
+
+// isHex reports whether s is that many hex digits, in lower case.
+func isHex(s string, digits int) bool {
+	return len(s) == digits && strings.Trim(s, "0123456789abcdef") == ""
 }
 
 // ImageFile is the name of a disk's image in the folder of the guest's images.

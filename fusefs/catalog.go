@@ -25,6 +25,10 @@ import (
 // at least, which on a network file system can be a round trip each.
 const listAge = time.Second
 
+// maxListed bounds how many points the lists of all guests together have, of those that were looked at last. A list that was
+// dropped is made again.
+const maxListed = 10_000
+
 // errGone is returned for a folder of the tree that is no longer there: the point was removed, or another one has
 // taken its id.
 var errGone = errors.New("no longer there")
@@ -40,22 +44,27 @@ type catalog struct {
 
 	rootFolder rootFolder
 
+	maxListed int
+
 	mu     sync.Mutex
 	guests map[string]*guestList
+	recent []*guestList // those that have a list, the one that was made last at the end
 
 	looks, kept atomic.Uint64 // for a guest's points: at the set; that found a list young enough
 }
 
 func newCatalog(set source.Set, log logrus.FieldLogger, now func() time.Time) *catalog {
-	return &catalog{home: newHome(set, log), log: log, now: now, guests: map[string]*guestList{}}
+	return &catalog{home: newHome(set, log), log: log, now: now, maxListed: maxListed, guests: map[string]*guestList{}}
 }
 
 // guestList keeps what was read of one guest. Its lock is held while the set is read, so that many who ask at once cause
 // one reading, and a slow guest's folder does not hold up another's.
 type guestList struct {
 	mu      sync.Mutex
-	current *listing
-	said    map[string]bool // what the log was told of the last look
+	current atomic.Pointer[listing] // nil: to be made
+	said    map[string]bool         // what the log was told of the last look
+
+	points int // in current; under the catalog's lock
 }
 
 // listing is what a guest had at one time. It is not changed afterwards, but for what it remembers.
@@ -71,8 +80,8 @@ type listing struct {
 	wrong  []chain.Problem
 
 	mu       sync.Mutex
-	remember map[string]remembered  // by path of an image file
-	passed   map[string][]pointFile // by uuid of a point
+	remember map[*chain.Disk]remembered // of its image file
+	passed   map[string][]pointFile     // by uuid of a point
 }
 
 type remembered struct {
@@ -261,7 +270,7 @@ func (c *catalog) root() (tree.Node, error) {
 	case err = <-r.looking:
 		r.looking = nil
 	case <-time.After(rootPatience):
-		err = fmt.Errorf("%s: %w", c.home.dir, errAway)
+		err = fmt.Errorf("%s: %w", c.home.dir, source.ErrAway)
 	}
 	if n := r.last.Load(); n != nil {
 		return *n, nil
@@ -291,6 +300,8 @@ func (c *catalog) listRoot() ([]tree.Node, error) {
 		switch {
 		case err == nil:
 			nodes = append(nodes, n)
+		case errors.Is(err, source.ErrAway): // of several sets one: its guests don't go, but can't be looked at
+			nodes = append(nodes, tree.Guest(name, tree.Stat{}))
 		case !errors.Is(err, fs.ErrNotExist):
 			c.log.WithField("guest", name).WithError(err).Warnf("guest %s is not shown", name) // and the others are
 		}
@@ -304,6 +315,9 @@ func (c *catalog) findGuest(name string) (tree.Node, error) {
 		return tree.Node{}, err
 	}
 	g, err := set.Guest(name)
+	if errors.Is(err, source.ErrAway) {
+		return tree.Node{}, err
+	}
 	if err != nil {
 		return tree.Node{}, fs.ErrNotExist // nothing can have that name
 	}
@@ -396,17 +410,17 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 	defer list.mu.Unlock()
 	info, err := c.statDir(g.Dir()) // before the points are read: what changes meanwhile shows next time
 	if err != nil {
-		list.current = nil
+		list.current.Store(nil)
 		return nil, err
 	}
-	if l := list.current; !fresh && l != nil && l.set == set && l.stamp == stampOf(info) && c.now().Sub(l.at) < listAge {
+	if l := list.current.Load(); !fresh && l != nil && l.set == g.Set() && l.stamp == stampOf(info) && c.now().Sub(l.at) < listAge {
 		c.kept.Add(1)
 		return l, nil
 	}
 	c.looks.Add(1)
 	l := &listing{
-		guest: name, at: c.now(), folder: statOf(info), stamp: stampOf(info), set: set, byID: map[chain.ID]int{},
-		remember: map[string]remembered{}, passed: map[string][]pointFile{},
+		guest: name, at: c.now(), folder: statOf(info), stamp: stampOf(info), set: g.Set(), byID: map[chain.ID]int{},
+		remember: map[*chain.Disk]remembered{}, passed: map[string][]pointFile{},
 	}
 	if l.from, err = g.Points(); err != nil {
 		c.home.doubt(err)
@@ -423,12 +437,39 @@ func (c *catalog) guest(name string, fresh bool) (*listing, error) {
 			l.wrong = append(slices.Clip(l.wrong), chain.Problem{Point: string(m.ID), Err: err})
 		}
 	}
-	if _, err := c.home.now(); err != nil {
+	if err := c.there(name); err != nil {
 		return nil, err // what was not found may only be out of sight
 	}
 	list.tell(c.log, l)
-	list.current = l
+	list.current.Store(l)
+	c.made(list, len(l.points))
 	return l, nil
+}
+
+// there returns an error if a guest's set is not in its place.
+func (c *catalog) there(guest string) error {
+	set, err := c.home.now()
+	if err == nil {
+		_, err = set.Guest(guest)
+	}
+	return err
+}
+
+// made notes that a list was made just now, and drops others if they are too many.
+func (c *catalog) made(list *guestList, points int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.recent = append(slices.DeleteFunc(c.recent, func(l *guestList) bool { return l == list }), list)
+	list.points = points
+	sum := 0
+	for _, l := range c.recent {
+		sum += l.points
+	}
+	for sum > c.maxListed && len(c.recent) > 1 {
+		c.recent[0].current.Store(nil) // who uses it just now goes on
+		sum -= c.recent[0].points
+		c.recent = c.recent[1:]
+	}
 }
 
 // tell logs what is wrong with the points, and only what the last look has not found already. What makes many disks
@@ -578,18 +619,16 @@ func (l *listing) listFiles(p tree.Point) ([]tree.Node, error) {
 
 // image looks at an image file, once for each listing: points of a chain share most of theirs.
 func (l *listing) image(layer chain.Layer) (tree.Stat, bool) {
-	at, ok := l.from.Image(layer)
-	if !ok {
-		return tree.Stat{}, false
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	r, ok := l.remember[at.Path]
+	r, ok := l.remember[layer.Disk]
 	if !ok {
-		if info, err := os.Lstat(at.Path); err == nil {
-			r = remembered{statOf(info), true}
+		if at, is := l.from.Image(layer); is {
+			if info, err := os.Lstat(at.Path); err == nil {
+				r = remembered{statOf(info), true}
+			}
 		}
-		l.remember[at.Path] = r
+		l.remember[layer.Disk] = r
 	}
 	return r.stat, r.ok
 }

@@ -48,7 +48,7 @@ func TestCoarseTimestamps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.guests["110"].current.stamp = stampOf(info) // as if nothing had changed
+	c.guests["110"].current.Load().stamp = stampOf(info) // as if nothing had changed
 	list("within the second", 2)
 	n, err := c.find(t.Context(), place, string(second.ID))
 	if err != nil || n.Place.UUID != second.UUID {
@@ -59,7 +59,7 @@ func TestCoarseTimestamps(t *testing.T) {
 	if info, err = os.Lstat(g.Dir); err != nil {
 		t.Fatal(err)
 	}
-	c.guests["110"].current.stamp = stampOf(info)
+	c.guests["110"].current.Load().stamp = stampOf(info)
 	now = now.Add(listAge)
 	list("after a second", 4)
 	if n, err := c.find(t.Context(), place, tree.LatestName); err != nil || n.Target != string(third.ID) {
@@ -148,7 +148,7 @@ func TestVanishingSet(t *testing.T) {
 		},
 	} {
 		_ = os.Rename(dir+"x", dir)
-		if err := look(); !errors.Is(err, errAway) || errors.Is(err, fs.ErrNotExist) {
+		if err := look(); !errors.Is(err, source.ErrAway) || errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: %v", name, err)
 		}
 	} // Nor is it kept.

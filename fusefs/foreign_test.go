@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/image"
+	"qmchain/chain/repo/repotest"
 	"qmchain/chain/source"
 )
 
@@ -236,5 +238,70 @@ func TestForeignChanges(t *testing.T) {
 	equal(t, "what was open", must(io.ReadAll(f))(t), want)
 	eventually(t, "latest is another one", func() bool {
 		return must(os.Readlink(m.path(guest, "latest")))(t) != string(newest.ID)
+	})
+}
+
+// A repository and folders of other programs in one mount. One whose share goes away does not take the others along, and its
+// guests don't look as if they had been removed.
+func TestSeveralSets(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "repo"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	g := repotest.NewGuest(t, repotest.New(t, filepath.Join(dir, "repo")), "110", start)
+	g.Add(repotest.Disk{Name: "scsi0", Size: smallSize, Write: []repotest.Write{{Off: 0, Len: smallSize, Fill: 1}}})
+	const name = "qmpbackup/a-default"
+	set := filepath.Join(dir, "web")
+	if err := os.Rename(filepath.Join(foreigntest.Unpack(t, name+"/"), name), set); err != nil {
+		t.Fatal(err)
+	}
+	m := mountSet(t, dir, image.PoolOptions{})
+	list := func(want ...string) {
+		t.Helper()
+		var names []string
+		for _, e := range must(os.ReadDir(m.dir))(t) {
+			names = append(names, e.Name())
+		}
+		if !slices.Equal(names, want) {
+			t.Fatalf("%q, want %q", names, want)
+		}
+	}
+	list("110", "web")
+	latest := m.path("110", "latest", "scsi0.raw")
+	want := must(digestOf(latest))(t)
+	for _, w := range foreigntest.Cases(t)[0].Points[:1] {
+		guest, points := points(t, set)
+		checkForeign(t, m, guest, points, w)
+	}
+	if got := attribute(t, m.path("web"), "source"); got != "qmpbackup" {
+		t.Errorf("kind %q", got)
+	}
+
+	away := filepath.Join(dir, ".away")
+	if err := errors.Join(os.Rename(filepath.Join(dir, "repo"), away), os.Mkdir(filepath.Join(dir, "repo"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the guest can't be read", func() bool {
+		_, err := os.ReadDir(m.path("110"))
+		return errors.Is(err, unix.EIO)
+	})
+	list("110", "web")
+	if _, err := os.ReadDir(m.path("web", "latest")); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(dir, "repo")), os.Rename(away, filepath.Join(dir, "repo"))); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is back", func() bool {
+		got, err := digestOf(latest)
+		return err == nil && got == want
+	})
+	if err := os.RemoveAll(set); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "what is removed goes", func() bool {
+		_, err := os.Stat(m.path("web"))
+		return errors.Is(err, os.ErrNotExist)
 	})
 }

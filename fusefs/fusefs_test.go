@@ -66,7 +66,7 @@ type mount struct {
 
 func openSet(t testing.TB, dir string) source.Set {
 	t.Helper()
-	set, err := source.Open(dir)
+	set, err := source.OpenAll(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,9 +14,6 @@ import (
 	"qmchain/chain/source"
 )
 
-// errAway is returned while the set is not where it was, as when the share that it is on does not answer or is unmounted.
-var errAway = errors.New("the backups are out of reach")
-
 // repositoryFile is what makes a directory a repository, in each of its formats.
 const repositoryFile = "qmchain.json"
 
@@ -66,7 +63,7 @@ func (h *home) stamp() (homeStamp, error) {
 }
 
 // now returns the set, opened anew if another directory is in its place. Where the set is not there, the error wraps
-// errAway; the log is told when that begins and ends.
+// source.ErrAway; the log is told when that begins and ends.
 func (h *home) now() (source.Set, error) {
 	at, err := h.stamp() // without the lock: it may hang
 	h.mu.Lock()
@@ -76,10 +73,10 @@ func (h *home) now() (source.Set, error) {
 	}
 	if err != nil {
 		if h.away == nil {
-			h.log.WithError(err).Warnf("%s: %v", h.dir, errAway)
+			h.log.WithError(err).Warnf("%s: %v", h.dir, source.ErrAway)
 		}
 		h.isAway.Store(true)
-		h.away = fmt.Errorf("%w: %v", errAway, err) //nolint:errorlint // fs.ErrNotExist, as it may be, would be taken for that of a file
+		h.away = fmt.Errorf("%w: %v", source.ErrAway, err) //nolint:errorlint // fs.ErrNotExist, as it may be, would be taken for that of a file
 		return nil, h.away
 	}
 	if h.away != nil {
@@ -92,7 +89,7 @@ func (h *home) now() (source.Set, error) {
 
 // open opens the set that is there now. It must be the same one, as far as that can be told.
 func (h *home) open(at homeStamp) error {
-	set, err := source.Open(h.dir)
+	set, err := source.OpenAll(h.dir)
 	if err != nil {
 		return err
 	}

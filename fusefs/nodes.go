@@ -56,7 +56,7 @@ func (f *fileSystem) errno(in tree.Place, name string, err error) syscall.Errno 
 		return syscall.EINTR
 	case errors.Is(err, repo.ErrLocked):
 		return syscall.EBUSY // for as long as a merge lasts below which nothing can be read
-	case errors.Is(err, errAway):
+	case errors.Is(err, source.ErrAway) && f.catalog.home.isAway.Load():
 		return syscall.EIO // which the log has been told of, once for all
 	}
 	f.log.error(placeFields(in), path(in, name)+": "+err.Error())
@@ -235,7 +235,6 @@ type folder struct{ node }
 
 var (
 	_ fs.NodeLookuper  = (*folder)(nil)
-	_ fs.NodeReaddirer = (*folder)(nil)
 	_ fs.NodeCreater   = (*folder)(nil)
 	_ fs.NodeTmpfiler  = (*folder)(nil)
 	_ fs.NodeMkdirer   = (*folder)(nil)
@@ -273,22 +272,6 @@ func (x *folder) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*
 	out.SetEntryTimeout(timeout(n))
 	// go-fuse finds a node that it already has by its inode number, and drops this one then.
 	return x.NewInode(ctx, child, fs.StableAttr{Mode: fileType(n.Kind), Ino: n.Ino}), 0
-}
-
-func (x *folder) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
-	nodes, err := x.fsys.catalog.list(ctx, x.n.Place)
-	if err != nil {
-		return nil, x.errno(err)
-	}
-	entries := make([]fuse.DirEntry, 0, len(nodes)+2)
-	entries = append(entries,
-		fuse.DirEntry{Mode: syscall.S_IFDIR, Name: ".", Ino: x.n.Ino},
-		fuse.DirEntry{Mode: syscall.S_IFDIR, Name: ".."},
-	)
-	for _, n := range nodes {
-		entries = append(entries, fuse.DirEntry{Mode: fileType(n.Kind), Name: n.Name, Ino: n.Ino})
-	}
-	return fs.NewListDirStream(entries), 0
 }
 
 func (x *folder) Create(context.Context, string, uint32, uint32, *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
@@ -434,7 +417,7 @@ func (x *disk) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, sys
 
 // passes tells whether a disk can't be opened for a reason that is not its own.
 func passes(err error) bool {
-	return errors.Is(err, errGone) || errors.Is(err, errUnmounted) || errors.Is(err, errAway) || errors.Is(err, repo.ErrLocked)
+	return errors.Is(err, errGone) || errors.Is(err, errUnmounted) || errors.Is(err, source.ErrAway) || errors.Is(err, repo.ErrLocked)
 }
 
 func (x *disk) complain(what string, err error) {

@@ -2,6 +2,7 @@ package foreign_test
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/foreign"
+	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/image"
 )
 
@@ -127,9 +129,24 @@ func TestNoPoint(t *testing.T) {
 	}
 }
 
-// FuzzSet adds a file of any name and content to a set: never a panic, and what the set had
-// before is the same, unless that file takes part in it.
+// FuzzSet adds a file of any name and content to a set: never a panic, and what comes of it are points in order, or an error that says
+// which set it is about. The seeds are the small files of real sets.
 func FuzzSet(f *testing.F) {
+	for _, set := range []string{"qmpbackup/j-qemu10/", "virtnbdbackup/v1-copy/", "virtnbdbackup/v3-odd/"} {
+		err := filepath.WalkDir(foreigntest.Unpack(f, set), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			text, err := os.ReadFile(path)
+			if err == nil && len(text) <= 4096 {
+				f.Add(d.Name(), text)
+			}
+			return err
+		})
+		if err != nil {
+			f.Fatal(err)
+		}
+	}
 	f.Add("FULL-3-a", []byte("QFI\xfb"))
 	f.Add("INC-3-a", []byte{})
 	f.Add("b.config", []byte(asRaw))
@@ -161,7 +178,11 @@ func FuzzSet(f *testing.F) {
 				_ = os.MkdirAll(folder, 0o700)
 				_ = os.WriteFile(filepath.Join(folder, name), content, 0o600) // a folder may be there
 			}
-			if set, err := foreign.Open(dir); err == nil {
+			set, err := foreign.Open(dir)
+			if err != nil && !strings.Contains(err.Error(), dir) {
+				t.Errorf("an error that does not say where: %v", err)
+			}
+			if err == nil {
 				p, err := set.Points()
 				if err != nil {
 					t.Error(err)

@@ -15,11 +15,9 @@ func (m *Image) Metadata(f func(off, length int64)) error {
 	}
 	cluster := h.ClusterSize()
 	f(0, cluster)
-	f(h.l1Offset, h.l1Entries*8)
 	if err := m.pointers(h.l1Offset, h.l1Entries, offsetMask, f); err != nil {
 		return fmt.Errorf("L1 table: %w", err)
 	}
-	f(h.refOffset, h.refClusters*cluster)
 	if err := m.pointers(h.refOffset, h.refClusters*cluster/8, refBlockOffset, f); err != nil {
 		return fmt.Errorf("reference count table: %w", err)
 	}
@@ -29,11 +27,12 @@ func (m *Image) Metadata(f func(off, length int64)) error {
 // refBlockOffset are the bits of an entry of the reference count table that say where the block is.
 const refBlockOffset uint64 = 0xffff_ffff_ffff_fe00
 
-// pointers calls f with each cluster that a table of n entries points to.
+// pointers calls f with a table of n entries, and with each cluster that it points to.
 func (m *Image) pointers(table, n int64, mask uint64, f func(off, length int64)) error {
 	if table > m.fileSize || n*8 > m.fileSize-table {
 		return corrupt("table of %d entries at %#x is outside the file", n, table)
 	}
+	f(table, n*8)
 	buf := m.bufs.get()
 	defer m.bufs.put(buf)
 	for i := int64(0); i < n; {
@@ -42,7 +41,11 @@ func (m *Image) pointers(table, n int64, mask uint64, f func(off, length int64))
 			return err
 		}
 		for ; len(b) > 0; b, i = b[8:], i+1 {
-			if off := int64(binary.BigEndian.Uint64(b) & mask); off != 0 {
+			off := int64(binary.BigEndian.Uint64(b) & mask)
+			if off < 0 || off >= m.fileSize {
+				return corrupt("entry %d, %#x, is outside the file", i, uint64(off))
+			}
+			if off != 0 {
 				f(off, m.h.ClusterSize())
 			}
 		}

@@ -144,11 +144,6 @@ func (g *Guest) checkImagesDir() error {
 	return err
 }
 
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return !errors.Is(err, fs.ErrNotExist)
-}
-
 // removeImages removes all images of a point.
 func (g *Guest) removeImages(id chain.ID) error {
 	if err := g.checkImagesDir(); err != nil {

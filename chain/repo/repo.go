@@ -7,6 +7,7 @@
 //	REPO/110/.20261120T111523Z-81aa.partial/  a point in the making, or what a killed run left; never read
 //	REPO/110/.20261119T101523Z-77b0.base/     a point that was removed, whose images points that are kept still need
 //	REPO/110/.lock                            held by the one who makes points; .prune.lock, .names.lock: see Lock
+//	REPO/110/.checked.json                    what verify and drill have last found; no part of any point: see Checked
 //
 // A point comes into being by one rename of its folder, after every file of it is on disk: an image is part of a point
 // only if a point's manifest names it. Nothing of a point is changed afterwards. Folders are 0700 and files 0600: images
@@ -23,13 +24,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"qmchain/chain"
 	"qmchain/internal/durable"
@@ -101,6 +100,9 @@ func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
 	}
 	planned, err := Planned(dir)
 	if err != nil {
+		if r, openErr := Open(dir, fsys); openErr == nil {
+			return r, nil // another first run has made it meanwhile, and has gone on
+		}
 		return nil, err
 	}
 	h := head{Format: chain.FormatVersion, ID: planned.ID}
@@ -108,10 +110,10 @@ func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := fsys.WriteFile(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil {
+	// Of several first runs at once one makes it, for all.
+	if err := fsys.WriteNew(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("repository %s can't be made: %w", dir, err)
 	}
-	// Two first runs can make it at once: the last rename decides for both.
 	return Open(dir, fsys)
 }
 
@@ -173,45 +175,6 @@ type Problem struct {
 	Err   error
 }
 
-// Points reads the manifests of all points, oldest first. A folder that looks like a point but can't be read as one is
-// returned as a problem; points that descend from it fail when their layers are looked for.
-func (g *Guest) Points() (chain.Points, []Problem, error) {
-	entries, err := os.ReadDir(g.Dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, nil
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("guest %s: %w", g.Name, err)
-	}
-	var points chain.Points
-	var problems []Problem
-	seen := make(map[chain.ID]bool)
-	for _, e := range entries {
-		f, ok := ParseFolder(e.Name())
-		if !ok || !e.IsDir() || g.shadowed(f) {
-			continue
-		}
-		m, err := g.Read(f)
-		if errors.Is(err, fs.ErrNotExist) && !exists(filepath.Join(g.Dir, f.Name)) {
-			// It went meanwhile, or has become a base: then points need it.
-			f = FolderOf(&chain.Manifest{ID: f.ID, Base: true})
-			if m, err = g.Read(f); errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-		}
-		if err != nil {
-			problems = append(problems, Problem{e.Name(), err})
-			continue
-		}
-		if !seen[m.ID] { // under both names
-			seen[m.ID] = true
-			points = append(points, m)
-		}
-	}
-	points.Sort()
-	return points, problems, nil
-}
-
 // Tip returns the id of the newest point, readable or not; "" if there is none.
 func (g *Guest) Tip() (chain.ID, error) {
 	entries, err := os.ReadDir(g.Dir) // sorted by name, as ids are by age
@@ -239,29 +202,5 @@ func (g *Guest) ImagesDir() string { return filepath.Join(g.Dir, ImagesFolder) }
 
 // ImagePath is the path of an image.
 func (g *Guest) ImagePath(id chain.ID, disk string) string {
-	return filepath.Join(g.ImagesDir(), chain.ImageFile(id, disk))
-}
-
-// readFile reads a file of the repository, following no symbolic link in its last part and reading at most limit bytes.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: %s is not a regular file", chain.ErrDamaged, path)
-	}
-	if info.Size() > limit {
-		return nil, fmt.Errorf("%w: %s has %d bytes, more than the %d that it can have", chain.ErrDamaged, path, info.Size(), limit)
-	}
-	text, err := io.ReadAll(io.LimitReader(f, limit))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return text, nil
+	return g.Dir + "/" + ImagesFolder + "/" + chain.ImageFile(id, disk)
 }

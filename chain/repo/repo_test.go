@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +16,31 @@ import (
 	"qmchain/chain"
 	"qmchain/internal/durable"
 )
+
+// Of several first runs at once one makes the repository, for all.
+func TestCreatedOnce(t *testing.T) {
+	for range 50 {
+		dir := t.TempDir()
+		const runs = 8
+		ids, errs := make([]string, runs), make([]error, runs)
+		var wg sync.WaitGroup
+		for i := range runs {
+			wg.Go(func() {
+				r, err := OpenOrCreate(dir, durable.FS{})
+				if errs[i] = err; err == nil {
+					ids[i] = r.ID
+					errs[i] = os.MkdirAll(filepath.Join(dir, "110"), 0o700) // it goes on
+				}
+			})
+		}
+		wg.Wait()
+		for i := range runs {
+			if errs[i] != nil || ids[i] != ids[0] {
+				t.Errorf("run %d: %s and %s, %v", i, ids[i], ids[0], errs[i])
+			}
+		}
+	}
+}
 
 func TestOpenOrCreate(t *testing.T) {
 	t.Parallel()

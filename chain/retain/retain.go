@@ -24,6 +24,8 @@ type Remover struct {
 	Log   logrus.FieldLogger
 	// RateLimit bounds the writing of a merge, in bytes per second; 0: no limit.
 	RateLimit int64
+
+	known repo.Known // points are looked at before each step
 }
 
 // Remove makes bases of the points, so that they are gone for all who list points. Sweep then does what can be done to get
@@ -158,7 +160,7 @@ func (r *Remover) sweepBase(ctx context.Context, f repo.Folder, mayMerge bool) (
 	}
 	for i := range base.Disks {
 		d := &base.Disks[i]
-		points, problems, err := r.Guest.Points()
+		points, problems, err := r.Guest.Look(&r.known)
 		if err != nil {
 			return "", err
 		}

@@ -9,19 +9,32 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"syscall"
+	"sync/atomic"
 
 	"qmchain/chain"
 	"qmchain/chain/image"
 	"qmchain/chain/repo"
 )
 
+// maxKnown bounds how many manifests, of all guests together, are kept for the next look: those of the guests that were looked
+// at last. One of two disks takes a kilobyte. What was forgotten is read again.
+const maxKnown = 10_000
+
 // repoSet is a qmchain repository.
 type repoSet struct {
 	repo *repo.Repo
 
+	maxKnown int
+
 	mu     sync.Mutex
 	guests map[string]*repoGuest
+	recent []recent // guests that know something, the one that was looked at last at the end
+}
+
+// recent is a guest that was looked at.
+type recent struct {
+	guest *repoGuest
+	known int // manifests
 }
 
 var (
@@ -30,7 +43,9 @@ var (
 	_ Reader = (*repoPoints)(nil)
 )
 
-func newRepoSet(r *repo.Repo) *repoSet { return &repoSet{repo: r, guests: map[string]*repoGuest{}} }
+func newRepoSet(r *repo.Repo) *repoSet {
+	return &repoSet{repo: r, maxKnown: maxKnown, guests: map[string]*repoGuest{}}
+}
 
 // Repository returns the qmchain repository that a set is; nil if it is a foreign one.
 func Repository(s Set) *repo.Repo {
@@ -53,108 +68,59 @@ func (s *repoSet) Guest(name string) (Guest, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.guests[name] == nil {
-		s.guests[name] = &repoGuest{guest: g}
+		s.guests[name] = &repoGuest{set: s, guest: g}
 	}
 	return s.guests[name], nil
 }
 
+// looked notes that a guest was looked at just now, and has others forget what is too much.
+func (s *repoSet) looked(g *repoGuest, known int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recent = slices.DeleteFunc(s.recent, func(r recent) bool { return r.guest == g })
+	s.recent = append(s.recent, recent{g, known})
+	sum := 0
+	for _, r := range s.recent {
+		sum += r.known
+	}
+	for sum > s.maxKnown && len(s.recent) > 1 { // one that has more is looked at quickly all the same
+		s.recent[0].guest.known.Store(nil)
+		sum -= s.recent[0].known
+		s.recent = s.recent[1:]
+	}
+}
+
 // repoGuest is one guest's folder.
 type repoGuest struct {
+	set   *repoSet
 	guest *repo.Guest
 
 	mu    sync.Mutex // of one look at a time
-	known map[repo.Folder]manifest
-}
-
-// manifest is what one reading of a manifest gave, and of which file.
-type manifest struct {
-	stamp stamp
-	m     *chain.Manifest
-	err   error
-}
-
-// stamp tells one state of a file from another.
-type stamp struct {
-	ino          uint64
-	size         int64
-	mtime, ctime syscall.Timespec
+	known atomic.Pointer[repo.Known]
 }
 
 func (g *repoGuest) Name() string { return g.guest.Name }
+func (g *repoGuest) Set() Set     { return g.set }
 func (g *repoGuest) Dir() string  { return g.guest.Dir }
 
-// Points reads only manifests that it has not read yet, or that have changed: on a share
-// each costs a few round trips, and a mount asks often.
 func (g *repoGuest) Points() (*Points, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	folders, err := g.guest.Folders()
+	known := g.known.Load()
+	if known == nil {
+		known = &repo.Known{}
+	}
+	all, problems, err := g.guest.Look(known)
 	if err != nil {
 		return nil, err
 	}
-	p := &Points{}
-	known := make(map[repo.Folder]manifest, len(g.known))
-	seen := map[chain.ID]bool{}
-	for _, f := range folders {
-		m, err := g.read(f, known)
-		if errors.Is(err, errGone) && !f.Base {
-			// It was removed meanwhile; other points may need it.
-			f = repo.FolderOf(&chain.Manifest{ID: f.ID, Base: true})
-			m, err = g.read(f, known)
-		}
-		switch {
-		case errors.Is(err, errGone) || seen[f.ID]:
-		case err != nil:
-			p.Problems = append(p.Problems, chain.Problem{Point: f.Name, Err: err})
-		default:
-			seen[f.ID] = true
-			p.All = append(p.All, m)
-		}
+	g.known.Store(known)
+	g.set.looked(g, known.Len())
+	p := &Points{All: all, Reader: &repoPoints{g.guest, all}}
+	for _, bad := range problems {
+		p.Problems = append(p.Problems, chain.Problem{Point: bad.Point, Err: bad.Err})
 	}
-	g.known = known
-	p.All.Sort()
-	p.Reader = &repoPoints{g.guest, p.All}
 	return p, nil
-}
-
-// errGone is returned for a folder that is not there any more.
-var errGone = errors.New("no longer there")
-
-// read reads a manifest, or takes it from what is known, and adds it to what will be.
-func (g *repoGuest) read(f repo.Folder, known map[repo.Folder]manifest) (*chain.Manifest, error) {
-	dir := g.guest.FolderDir(f)
-	now, err := stampOf(filepath.Join(dir, chain.ManifestFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
-			return nil, errGone
-		}
-		return g.guest.Read(f) // which knows what to say of it
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s/%s: %w", g.guest.Name, f.ID, err)
-	}
-	k, ok := g.known[f]
-	if !ok || k.stamp != now {
-		k = manifest{stamp: now}
-		k.m, k.err = g.guest.Decode(f)
-	}
-	if k.err == nil && slices.ContainsFunc(k.m.Disks, func(d chain.Disk) bool { return d.Next != nil }) {
-		// Which of two images is there now does not show in the manifest's file.
-		return g.guest.Read(f)
-	}
-	if k.err == nil || errors.Is(k.err, chain.ErrDamaged) {
-		known[f] = k
-	}
-	return k.m, k.err
-}
-
-func stampOf(path string) (stamp, error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return stamp{}, err
-	}
-	st := info.Sys().(*syscall.Stat_t)
-	return stamp{ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
 }
 
 // repoPoints reads points of a repository.
@@ -187,7 +153,7 @@ func (p *repoPoints) Files(point *chain.Manifest) ([]string, error) {
 func (p *repoPoints) Image(l chain.Layer) (image.Layer, bool) {
 	return image.Layer{
 		Path:   p.guest.ImagePath(l.Point.ID, l.Disk.Name),
-		Name:   filepath.Join(p.guest.Name, repo.ImagesFolder, l.Disk.File),
+		Name:   p.guest.Name + "/" + repo.ImagesFolder + "/" + l.Disk.File,
 		Format: image.Qcow2, Bytes: l.Disk.Bytes,
 	}, true
 }

@@ -46,6 +46,8 @@ type Set interface {
 // Guest is one guest of a set.
 type Guest interface {
 	Name() string
+	// Set is the one that it is in; of a guest of several sets the one with it.
+	Set() Set
 	// Dir is the folder that its points come and go in.
 	Dir() string
 	// Points looks at what points there are now. What has not changed since the last look
@@ -134,6 +136,7 @@ func (s *foreignSet) Guest(name string) (Guest, error) {
 type foreignGuest foreignSet
 
 func (g *foreignGuest) Name() string { return g.set.Guest() }
+func (g *foreignGuest) Set() Set     { return (*foreignSet)(g) }
 func (g *foreignGuest) Dir() string  { return g.set.Dir() }
 
 func (g *foreignGuest) Points() (*Points, error) {

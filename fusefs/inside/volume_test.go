@@ -424,8 +424,19 @@ func FuzzGroup(f *testing.F) {
 				t.Fatalf("size %d", img.Size())
 			}
 			for _, off := range []int64{0, img.Size() / 2, img.Size() - 1} {
-				if n, err := img.ReadAt(make([]byte, 1), off); n != 1 || err != nil {
-					t.Errorf("read at %d of %d: %v", off, img.Size(), err)
+				n := int(min(img.Size()-off, 256<<10)) // over the borders of stripes and segments
+				if got, err := img.ReadAt(make([]byte, n), off); got != n || err != nil {
+					t.Errorf("read of %d at %d of %d: %d, %v", n, off, img.Size(), got, err)
+				}
+				list, err := img.Extents(off, img.Size())
+				if err != nil || len(list) == 0 {
+					t.Fatalf("extents from %d on: %v, %v", off, list, err)
+				}
+				for _, e := range list {
+					if e.Off != off || e.Len <= 0 || e.Len > img.Size()-off {
+						t.Fatalf("extent %+v at %d of %d", e, off, img.Size())
+					}
+					off += e.Len
 				}
 			}
 		}
@@ -454,19 +465,34 @@ func (b bounded) Extents(off, length int64) ([]image.Extent, error) {
 // Whatever a disk begins with, finding out what it is ends in a volume or an error.
 func FuzzFind(f *testing.F) {
 	f.Add([]byte("LABELONE"), 0)
+	f.Add([]byte("LABELONE"+strings.Repeat("\x00", 16)+"LVM2 001"), 512)
 	f.Add([]byte("_BHRfS_M"), btrfsSuper+0x40)
 	f.Add([]byte("\x53\xef"), extSuper+0x38)
-	f.Add([]byte("FAT32   "), 0x52)
+	f.Add([]byte("FAT32   "+strings.Repeat("\x00", 420)+"\x55\xaa"), 0x52)
+	f.Add([]byte("XFSB"), 0)
+	f.Add([]byte("SWAPSPACE2"), 4096-10)
+	f.Add([]byte("CD001"), 32769)
+	f.Add([]byte("\xfc\x4e\x2b\xa9"), 4096)
+	f.Add([]byte("NTFS    "), 3)
+	f.Add([]byte("\x80\x00\x00\x00\x83\x00\x00\x00\x01\x00\x00\x00\x40"+strings.Repeat("\x00", 51)+"\x55\xaa"), 446)
 	f.Fuzz(func(t *testing.T, b []byte, off int) {
-		if off < 0 || off > 1<<20 || len(b) > 1<<16 {
+		if off < 0 || off > 96<<10 || len(b) > 16<<10 {
 			return
 		}
-		content := make([]byte, 1<<20+1<<16)
+		content := make([]byte, 128<<10)
 		copy(content[off:], b)
 		img := inMemory{bytes.NewReader(content)}
 		volumes, err := Find(t.Context(), []Disk{{"scsi0", img}}, func(error) {})
 		if err != nil || len(volumes) == 0 {
 			t.Errorf("%v, %v", volumes, err)
+		}
+		for _, v := range volumes {
+			if v.Size <= 0 || v.Size > img.Size() && v.LV == "" {
+				t.Errorf("%s has %d bytes", v, v.Size)
+			}
+			if shown := v.String() + v.Type + v.Label + v.UUID; shown != printable(shown) {
+				t.Errorf("%q would be shown", shown)
+			}
 		}
 		if _, _, err := readPV(img); err != nil && !errors.Is(err, errLVM) {
 			t.Error(err)

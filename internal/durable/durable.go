@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // FS makes durable changes. The zero value is ready for use.
@@ -56,7 +58,17 @@ func Temporary(name string) bool { return strings.HasPrefix(name, temporary) }
 
 // WriteFile makes the file path with exactly data in it, or leaves what was there: a reader sees the old file or the
 // whole new one, also after a crash.
-func (f FS) WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
+func (f FS) WriteFile(path string, data []byte, perm fs.FileMode) error {
+	return f.write(path, data, perm, f.Rename)
+}
+
+// WriteNew is WriteFile of a file that is not there: of several who do it at once one succeeds. The error of the others is
+// fs.ErrExist. Where the file system can neither rename without replacing nor link, the last one succeeds too.
+func (f FS) WriteNew(path string, data []byte, perm fs.FileMode) error {
+	return f.write(path, data, perm, f.renameNew)
+}
+
+func (f FS) write(path string, data []byte, perm fs.FileMode, rename func(from, to string) error) (err error) {
 	if err := f.Step("create", path); err != nil {
 		return err
 	}
@@ -88,7 +100,7 @@ func (f FS) WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 	if err := tmp.Close(); err != nil {
 		return err
 	}
-	return f.Rename(tmp.Name(), path)
+	return rename(tmp.Name(), path)
 }
 
 // Rename renames a file or a folder and syncs the folder that holds the new name. Both names must be in one folder or
@@ -101,6 +113,45 @@ func (f FS) Rename(from, to string) error {
 		return err
 	}
 	return f.SyncDir(filepath.Dir(to))
+}
+
+// renameNew is Rename to a name that is not there.
+func (f FS) renameNew(from, to string) error {
+	if err := f.Step("rename", to); err != nil {
+		return err
+	}
+	var err error
+	for _, move := range moves {
+		err = move(from, to)
+		// NFS and most of FUSE know no such rename, some no links.
+		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.ENOTSUP) && !errors.Is(err, unix.EPERM) {
+			break
+		}
+	}
+	if err != nil {
+		return &fs.PathError{Op: "create", Path: to, Err: err}
+	}
+	return f.SyncDir(filepath.Dir(to))
+}
+
+// moves are ways to rename to a name that is not there, the best first.
+var moves = [...]func(from, to string) error{
+	func(from, to string) error {
+		return unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	},
+	func(from, to string) error {
+		if err := unix.Link(from, to); err != nil {
+			return err
+		}
+		_ = os.Remove(from) // one that stays is known as temporary
+		return nil
+	},
+	func(from, to string) error {
+		if _, err := os.Lstat(to); err == nil {
+			return fs.ErrExist
+		}
+		return os.Rename(from, to)
+	},
 }
 
 // Mkdir makes a folder and syncs the folder that holds it. It is an error if it exists.

@@ -113,3 +113,38 @@ func TestMkdirIsExclusive(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestWriteNewReplacesNothing(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	if err := (FS{}).WriteNew(path, []byte("first"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := (FS{}).WriteNew(path, []byte("second"), 0o600); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("error is %v", err)
+	}
+	for i, move := range moves {
+		from, to := filepath.Join(dir, "from"), filepath.Join(dir, "to")
+		if err := os.WriteFile(from, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := move(from, path); !errors.Is(err, fs.ErrExist) {
+			t.Errorf("way %d: error is %v", i, err)
+		}
+		if err := move(from, to); err != nil {
+			t.Errorf("way %d: %v", i, err)
+		}
+		if _, err := os.Stat(from); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("way %d: the old name stays: %v", i, err)
+		}
+		if err := os.Remove(to); err != nil {
+			t.Error(err)
+		}
+	}
+	if text, err := os.ReadFile(path); err != nil || string(text) != "first" {
+		t.Errorf("%q, %v", text, err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}

@@ -1,0 +1,161 @@
+package repo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"qmchain/chain"
+	"qmchain/internal/durable"
+)
+
+const (
+	checkedFile     = ".checked.json"
+	checkedLockFile = ".checked.lock"
+
+	// checkedLockLimit is more than it takes to write the file, which is all that the lock is held for.
+	checkedLockLimit = 10 * time.Second
+	maxChecked       = 16 << 20
+)
+
+// Checked is what was last found when a guest's points were verified and drilled, for those who ask which backups were ever
+// tried. It stands in a file in the guest's folder, is no part of any point, and nothing that reads points looks at it.
+type Checked struct {
+	Format   int        `json:"format"`
+	Verified []Verified `json:"verified"`
+	Drilled  []Drilled  `json:"drilled"`
+}
+
+// Verified says what a point was found to be. What could not be found out, for a share that hiccups or a merge under way, is
+// not recorded.
+type Verified struct {
+	Point  chain.ID  `json:"point"`
+	Time   time.Time `json:"time"`
+	Tables bool      `json:"tables"` // of the images were checked with qemu-img
+	Deep   bool      `json:"deep"`   // the disks were read
+	Good   bool      `json:"good"`
+	Why    string    `json:"why,omitempty"` // it is not good: the disks, and the files
+}
+
+// covers reports whether v looked at all that o did. A superficial look that finds nothing says nothing of what a thorough one
+// has found.
+func (v Verified) covers(o Verified) bool {
+	return v.Point == o.Point && (v.Tables || !o.Tables) && (v.Deep || !o.Deep)
+}
+
+// Drilled says whether a point has started as a guest.
+type Drilled struct {
+	Point   chain.ID  `json:"point"`
+	Time    time.Time `json:"time"`
+	Passed  bool      `json:"passed"`
+	Why     string    `json:"why"`     // what was seen, or what was not
+	Seconds float64   `json:"seconds"` // it took
+}
+
+// Checked returns what was found so far: nothing, where nobody has looked. A record that can't be understood wraps
+// chain.ErrDamaged.
+func (g *Guest) Checked() (*Checked, error) {
+	text, err := readFile(filepath.Join(g.Dir, checkedFile), maxChecked)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &Checked{Format: chain.FormatVersion}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("guest %s: what was checked: %w", g.Name, err)
+	}
+	var c Checked
+	if err := json.Unmarshal(text, &c); err != nil {
+		return nil, fmt.Errorf("guest %s: what was checked: %s: %w: %w", g.Name, checkedFile, chain.ErrDamaged, err)
+	}
+	if c.Format != chain.FormatVersion {
+		return nil, fmt.Errorf("guest %s: what was checked: %s has format %d: this version of qmchain knows format %d", g.Name, checkedFile, c.Format, chain.FormatVersion)
+	}
+	return &c, nil
+}
+
+// NoteChecked records what was found, and forgets of points that are gone. A record that is damaged is begun anew.
+func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
+	if len(found.Verified)+len(found.Drilled) == 0 {
+		return nil
+	}
+	lock, err := g.lock(ctx, checkedLockFile, checkedLockLimit)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	c, err := g.Checked()
+	if errors.Is(err, chain.ErrDamaged) {
+		c, err = &Checked{Format: chain.FormatVersion}, nil
+	}
+	if err != nil {
+		return err
+	}
+	folders, err := g.Folders()
+	if err != nil {
+		return err
+	}
+	c.add(found, func(id chain.ID) bool {
+		return slices.ContainsFunc(folders, func(f Folder) bool { return f.ID == id && !f.Base })
+	})
+	text, err := json.MarshalIndent(c, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := g.dropTemporaryChecked(); err != nil {
+		return err
+	}
+	if err := g.Repo.FS.WriteFile(filepath.Join(g.Dir, checkedFile), append(text, '\n'), fileMode); err != nil {
+		return fmt.Errorf("guest %s: what was checked: %w", g.Name, err)
+	}
+	return nil
+}
+
+// add takes in what was found; have says which points there are.
+func (c *Checked) add(found Checked, have func(chain.ID) bool) {
+	old := *c
+	c.Verified, c.Drilled = []Verified{}, []Drilled{}
+	for _, o := range old.Verified {
+		if have(o.Point) && !slices.ContainsFunc(found.Verified, func(v Verified) bool { return v.covers(o) }) {
+			c.Verified = append(c.Verified, o)
+		}
+	}
+	for _, o := range old.Drilled {
+		if have(o.Point) && !slices.ContainsFunc(found.Drilled, func(d Drilled) bool { return d.Point == o.Point }) {
+			c.Drilled = append(c.Drilled, o)
+		}
+	}
+	for _, v := range found.Verified {
+		if have(v.Point) {
+			c.Verified = append(c.Verified, v)
+		}
+	}
+	for _, d := range found.Drilled {
+		if have(d.Point) {
+			c.Drilled = append(c.Drilled, d)
+		}
+	}
+	slices.SortStableFunc(c.Verified, func(a, b Verified) int { return strings.Compare(string(a.Point), string(b.Point)) })
+	slices.SortStableFunc(c.Drilled, func(a, b Drilled) int { return strings.Compare(string(a.Point), string(b.Point)) })
+}
+
+// dropTemporaryChecked removes what one who was killed in mid-write has left. The caller holds the lock.
+func (g *Guest) dropTemporaryChecked() error {
+	entries, err := os.ReadDir(g.Dir)
+	if err != nil {
+		return fmt.Errorf("guest %s: %w", g.Name, err)
+	}
+	for _, e := range entries {
+		if durable.Temporary(e.Name()) && strings.Contains(e.Name(), checkedFile) {
+			if err := g.Repo.FS.Remove(filepath.Join(g.Dir, e.Name())); err != nil {
+				return fmt.Errorf("guest %s: %w", g.Name, err)
+			}
+		}
+	}
+	return nil
+}
