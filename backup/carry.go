@@ -85,14 +85,21 @@ func (c *carrier) checkAlone(ctx context.Context) error {
 	if job := running(jobs); job != "" {
 		return fmt.Errorf("job %s is under way: %w", job, ErrBusy)
 	}
+	export, err := exported(ctx, c.qmp)
+	if err == nil && export != "" {
+		err = fmt.Errorf("QEMU exports disks to others (%s): %w", export, ErrBusy)
+	}
+	return err
+}
+
+// exported is an export of a disk to others; "": there is none.
+func exported(ctx context.Context, client *qmp.Client) (string, error) {
 	var exports []struct{ ID string }
-	if err := c.qmp.Execute(ctx, "query-block-exports", nil, &exports); err != nil {
-		return err
+	err := client.Execute(ctx, "query-block-exports", nil, &exports)
+	if err != nil || len(exports) == 0 {
+		return "", err
 	}
-	if len(exports) > 0 {
-		return fmt.Errorf("QEMU exports disks to others (%s): %w", exports[0].ID, ErrBusy)
-	}
-	return nil
+	return exports[0].ID, nil
 }
 
 // save saves the bitmaps of a guest that has stopped, in place of what was saved before. It returns how many disks' it saved.

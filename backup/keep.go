@@ -33,7 +33,8 @@ type Keeper struct {
 	Addr    string // of its QMP socket
 	Kept    Kept
 	QemuImg string
-	// Limit bounds how long the end of QEMU may be held up: that of one that nobody else needs, such as for a backup.
+	// Limit bounds how long the end of QEMU may be held up: that of one in which nobody else has something under way, such as
+	// the job of a backup.
 	Limit time.Duration
 	// Quit ends QEMU when the guest has powered off, saved or not.
 	Quit bool
@@ -52,11 +53,13 @@ type Keeper struct {
 // life is what the keeper knows of one QEMU process.
 type life struct {
 	seen   bool   // it has answered
+	pid    int    // the process that did
 	status string // its run state then
 	// tried and saved tell of the saving since its guest has powered off.
 	tried, saved bool
-	done         bool   // its guest has powered off, what is to be done for it is, and nobody needs it any more
-	needed       string // who does
+	done         bool      // its guest has powered off, what is to be done for it is, and nobody needs it any more
+	needed       string    // who does
+	idle         time.Time // since when nothing is under way in it; zero: something is
 	// restored is set once merging back was tried: what is left then is not this guest's.
 	restored bool
 }
@@ -110,14 +113,17 @@ func (k *Keeper) visit(ctx context.Context, now *life) error {
 		return err
 	}
 	defer client.Close()
+	if now.seen && now.pid != client.PeerPID() {
+		return fmt.Errorf("guest %s was started again between two looks: %w", k.Guest, qmp.ErrDisconnected)
+	}
 	status, err := client.QueryStatus(ctx)
 	if err != nil {
 		return err
 	}
-	now.seen, now.status = true, status.Status
+	now.seen, now.pid, now.status = true, client.PeerPID(), status.Status
 	switch {
 	case status.Status != "shutdown": // a guest that has powered off can be reset
-		now.tried, now.saved, now.done, now.needed = false, false, false, ""
+		now.tried, now.saved, now.done, now.needed, now.idle = false, false, false, "", time.Time{}
 	case !now.done:
 		if err := k.poweredOff(ctx, client, now); err != nil {
 			return err
@@ -138,7 +144,7 @@ func (k *Keeper) visit(ctx context.Context, now *life) error {
 
 // poweredOff saves, and finds out whether QEMU can end.
 func (k *Keeper) poweredOff(ctx context.Context, client *qmp.Client, now *life) error {
-	needed, err := k.needed(ctx, client)
+	needed, err := k.needed(ctx, client, now)
 	// At once, as it is not for us when QEMU ends; what could not be saved beside others is tried again when they have gone.
 	if !now.tried || !now.saved && err == nil && needed == "" {
 		now.tried, now.restored = true, false
@@ -146,7 +152,7 @@ func (k *Keeper) poweredOff(ctx context.Context, client *qmp.Client, now *life) 
 		if now.saved = saveErr == nil; saveErr != nil {
 			k.Log.Warnf("guest %s: bitmaps are not saved: %v", k.Guest, saveErr)
 		}
-		needed, err = k.needed(ctx, client)
+		needed, err = k.needed(ctx, client, now)
 	}
 	if err != nil {
 		return err
@@ -161,16 +167,28 @@ func (k *Keeper) poweredOff(ctx context.Context, client *qmp.Client, now *life) 
 	return nil
 }
 
-// needed is who needs QEMU though its guest has powered off; "": nobody.
-func (k *Keeper) needed(ctx context.Context, client *qmp.Client) (why string, err error) {
+// needed is who needs QEMU though its guest has powered off; "": nobody. Who neither has a job in it nor reads what it exports is
+// given Limit to begin or to end: he may as well be waiting for QEMU's end.
+func (k *Keeper) needed(ctx context.Context, client *qmp.Client, now *life) (why string, err error) {
 	jobs, err := client.QueryJobs(ctx)
 	if err != nil {
 		return "", err
 	}
-	if job := running(jobs); job != "" {
+	exports, err := exported(ctx, client)
+	if err != nil {
+		return "", err
+	}
+	job := running(jobs)
+	switch {
+	case job != "" || exports != "":
+		now.idle = time.Time{}
+	case now.idle.IsZero():
+		now.idle = time.Now()
+	}
+	if job != "" {
 		return "job " + job + " is under way", nil
 	}
-	if k.KeepAlive == nil {
+	if k.KeepAlive == nil || !now.idle.IsZero() && time.Since(now.idle) >= k.Limit {
 		return "", nil
 	}
 	return k.KeepAlive.Needed(ctx)
@@ -244,7 +262,7 @@ func (k *Keeper) save(ctx context.Context, client *qmp.Client) error {
 
 func (k *Keeper) saveLocked(ctx context.Context, client *qmp.Client) error {
 	n, err := k.carrier(client).save(ctx)
-	if err == nil {
+	if err == nil && n > 0 {
 		k.Log.Infof("guest %s: bitmaps of %d disks are saved", k.Guest, n)
 	}
 	return err

@@ -147,6 +147,57 @@ func TestKeepOverRestart(t *testing.T) {
 	})
 }
 
+// What is asked before bitmaps are merged back is counted whatever QEMU is told of statistics: its options are about their times.
+func TestCountersCountAlways(t *testing.T) {
+	t.Parallel()
+	for _, q := range testenv.QEMUs(t) {
+		t.Run(q.Name, func(t *testing.T) {
+			t.Parallel()
+			vm := testenv.Start(t, testenv.Config{QEMU: q, Style: testenv.Drive, Disks: []testenv.Disk{{ID: "scsi0", Size: diskSize, Format: "raw"}}, Args: []string{
+				"-set", "drive.drive-scsi0.stats-account-failed=off", "-set", "drive.drive-scsi0.stats-account-invalid=off",
+				"-set", "drive.drive-scsi0.stats-intervals.0=1",
+			}})
+			for _, command := range []string{"aio_write -P 9 0 64k", "aio_flush", "aio_write -P 9 1T 64k", "aio_flush"} {
+				if _, err := vm.TryIO("scsi0", command); err != nil && !strings.Contains(command, "1T") && !strings.Contains(err.Error(), "aio_write failed") {
+					t.Errorf("%s: %v", command, err)
+				}
+			}
+			var devices []struct {
+				Stats struct {
+					Writes  int64 `json:"wr_operations"`
+					Failed  int64 `json:"failed_wr_operations"`
+					Highest int64 `json:"wr_highest_offset"`
+				}
+			}
+			vm.Execute("query-blockstats", nil, &devices)
+			if len(devices) != 1 || devices[0].Stats.Writes != 1 || devices[0].Stats.Failed != 1 || devices[0].Stats.Highest != 64<<10 {
+				t.Errorf("counted: %+v", devices)
+			}
+		})
+	}
+}
+
+// An overlay that is committed into its backing image while the guest is stopped changes both.
+func TestKeepBackingImage(t *testing.T) {
+	t.Parallel()
+	q := testenv.Host(t)
+	dir := t.TempDir()
+	base, overlay := filepath.Join(dir, "base.qcow2"), filepath.Join(dir, "overlay.qcow2")
+	testenv.CreateDisk(t, q, base, "qcow2", diskSize)
+	testenv.Output(t, q.Img, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+	r := newKeepRig(t, q, testenv.Drive, func(c *testenv.Config) { c.Disks[1].Path = overlay })
+	r.write(20)
+	r.point()
+	r.write(5)
+	r.stopAndStart(func() {})
+	r.do(r.keeper().Restore)
+	r.write(5)
+	r.expect("", "")
+	r.stopAndStart(func() { testenv.Output(t, q.Img, "commit", "-q", "-f", "qcow2", "-d", overlay) })
+	r.do(r.keeper().Restore)
+	r.expect("virtio1", "written to or replaced")
+}
+
 // A block device's proof is its instance and what that has counted.
 func TestKeepBlockDevice(t *testing.T) {
 	t.Parallel()
@@ -673,6 +724,15 @@ func (r *keepRig) saved() bool {
 	return err == nil
 }
 
+// merged waits until all bitmaps are merged back.
+func (r *keepRig) merged() {
+	r.t.Helper()
+	r.wait("the bitmaps are merged back", func() bool {
+		left, err := filepath.Glob(filepath.Join(r.kept.Dir, "web", "*"))
+		return err == nil && len(left) == 0
+	})
+}
+
 // The keeper shares its only socket with runs, saves, lets QEMU go, and merges back.
 func TestKeeper(t *testing.T) {
 	t.Parallel()
@@ -693,10 +753,7 @@ func TestKeeper(t *testing.T) {
 				t.Fatal("QEMU was let go before its bitmaps were saved")
 			}
 			r.vm.Restart()
-			r.wait("the bitmaps are merged back", func() bool {
-				left, err := filepath.Glob(filepath.Join(r.kept.Dir, "web", "*"))
-				return err == nil && len(left) == 0
-			})
+			r.merged()
 			r.write(5)
 			r.expect("", "")
 		}
@@ -721,6 +778,48 @@ func TestKeeper(t *testing.T) {
 		r.vm.Restart()
 		r.expect("", "")
 	})
+}
+
+// between is a KeepAlive that stops the keeper between two looks.
+type between struct {
+	held
+	looked, goOn chan struct{}
+}
+
+func (b *between) Hold(ctx context.Context) error {
+	select {
+	case b.looked <- struct{}{}:
+		<-b.goOn
+	default: // nobody waits for it
+	}
+	return b.held.Hold(ctx)
+}
+
+// A guest that is stopped and started between two looks is seen to be another one.
+func TestKeeperMissesARestart(t *testing.T) {
+	t.Parallel()
+	r := newKeepRig(t, testenv.Host(t), testenv.Drive)
+	r.write(20)
+	r.point()
+	alive := &between{looked: make(chan struct{}), goOn: make(chan struct{})}
+	k := r.keeper()
+	k.KeepAlive = alive
+	r.keep(k)
+	for range 2 {
+		r.write(5)
+		<-alive.looked
+		other := r.keeper()
+		other.Quit = true
+		r.do(other.Stop)
+		if err := r.vm.Wait(time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		r.vm.Restart()
+		alive.goOn <- struct{}{}
+		r.merged()
+		r.write(5)
+		r.expect("", "")
+	}
 }
 
 // busy takes the guest's only socket, until it is given back.

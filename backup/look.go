@@ -233,9 +233,9 @@ func (v *view) disk(dev *qmp.BlockInfo) (Disk, error) {
 		device: qomPath(dev.QDev), top: top.name, below: top.name,
 	}
 	image := top
-	for filters[image.driver] || strings.HasPrefix(image.name, ourPrefix) {
+	for depth := 0; filters[image.driver] || strings.HasPrefix(image.name, ourPrefix); depth++ {
 		next := v.nodes[image.children["file"]]
-		if next == nil {
+		if next == nil || depth > len(v.nodes) { // a ring has no end either
 			return Disk{}, fmt.Errorf("disk %s: nothing below the filter %q", d.Name, image.name)
 		}
 		image = next

@@ -246,12 +246,10 @@ func (c *carrier) checkUntouched(ctx context.Context, v *view, d Disk) error {
 	if err := c.qmp.Execute(ctx, "query-blockstats", map[string]any{"query-nodes": true}, &nodes); err != nil {
 		return err
 	}
-	var exports []struct{}
-	if err := c.qmp.Execute(ctx, "query-block-exports", nil, &exports); err != nil {
+	if export, err := exported(ctx, c.qmp); err != nil {
 		return err
-	}
-	if len(exports) > 0 {
-		return fmt.Errorf("QEMU exports disks to others: %w", ErrBusy)
+	} else if export != "" {
+		return fmt.Errorf("QEMU exports disks to others (%s): %w", export, ErrBusy)
 	}
 	counted := false
 	for _, s := range devices {

@@ -29,12 +29,13 @@ import (
 //     kept in whole seconds or in memory for long (lazytime), nor on file systems that are not listed in fileSystems.
 //   - A block device has counters of what was written and discarded, for as long as this instance of it exists, which the
 //     kernel numbers (diskseq). A device-mapper device also has a table, which lvconvert and the like exchange below a device
-//     that stays. A device that was deactivated, or a host that was rebooted, has lost the proof. So has one that other hosts
+//     that stays: merging an LVM snapshot back writes to its origin beside the counters, but not without another table, or, when
+//     another snapshot is taken after it, another instance of the device below. A device that was deactivated, or a host that was rebooted, has lost the proof. So has one that other hosts
 //     can write to: counters are the host's. Hence the short list in local. ZFS volumes can be rolled back with their counters
 //     standing still, and are not on it.
 //
 // Nothing of this tells of somebody who writes below the volume: to the disk that a file system lies on, or a storage system
-// that puts a whole LUN back.
+// that puts a whole LUN back. Nor of one who has the kernel stop counting (queue/iostats) and go on.
 type volume struct {
 	Path   string        `json:"path"` // for people
 	File   *fileState    `json:"file,omitempty"`

@@ -263,6 +263,9 @@ func TestDeviceShowsWrites(t *testing.T) {
 		{"a discard", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 5 0 40 0 0 0 0 3 0 16 0 3 0\n"}) }, changed},
 		{"another table", func() { setTable("0 8192 snapshot-merge 1\n") }, changed},
 		{"another instance", func() { fakeDevice(t, local, map[string]string{"diskseq": "13\n"}) }, "taken away"},
+		// An LVM snapshot that was merged back, and another one taken, leave the table of their origin as it was; but the device
+		// that it names is made anew.
+		{"another instance of the device below", func() { fakeDevice(t, nvme, map[string]string{"diskseq": "14\n"}) }, "taken away"},
 		{"another volume", func() { fakeDevice(t, local, map[string]string{"dm/uuid": "LVM-def\n"}) }, changed},
 	} {
 		test.do()
@@ -274,6 +277,7 @@ func TestDeviceShowsWrites(t *testing.T) {
 			t.Errorf("%s: %q", test.what, got)
 		}
 		fakeDevice(t, local, map[string]string{"dm/uuid": "LVM-abc\n"})
+		fakeDevice(t, nvme, nil)
 		setTable("0 8192 linear 259:2 2048\n")
 	}
 	fakeDevice(t, local, map[string]string{"queue/iostats": "0\n"})

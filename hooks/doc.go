@@ -17,12 +17,14 @@
 //	pre-start    a stale backup socket goes; a VM that starts without a backup socket is worth a warning; the keeper is started
 //	post-start   the socket is asked whether it answers; a backup, as a unit
 //	pre-stop     a last increment, as a unit, and awaited, but not for long; where a VM is stopped that runs (`qm stop`), its
-//	             bitmaps in memory are saved: its guest is paused from there on
+//	             bitmaps in memory are saved: its guest is paused from there on. So are those of a
+//	             VM that vzdump has started for its backup
 //	post-stop    a stale backup socket goes; a backup of the stopped VM, as a unit
 //
 // The keeper is started before QEMU, not after: it has to merge bitmaps back before the guest's first write, and waits for the
 // socket by itself. Backups are left out while PVE has locked the VM for something of its own (a vzdump of a stopped VM starts it,
-// paused), where it comes from another node, and, those of a stopped VM, when it is about to be started again: a backup locks it.
+// paused), where it comes from another node, and, those of a stopped VM, when it is about to be started again, or may be at any
+// moment, as HA manages it: a backup locks it.
 //
 // # Together with vzdump
 //

@@ -142,8 +142,10 @@ func (h Hooks) postStart(ctx context.Context, vmid proxmox.VMID, s Settings) {
 }
 
 func (h Hooks) preStop(ctx context.Context, vmid proxmox.VMID, s Settings) {
-	// A guest that is shut down is seen by its keeper when it has powered off. One that is stopped has no such moment.
-	save := s.Keep && proxmox.TaskAbove(os.Getpid(), vmid) == "qmstop"
+	// A guest that is shut down is seen by its keeper when it has powered off. One that is stopped has no such moment, nor has one
+	// that vzdump has started, paused, for its backup, and stops again.
+	task := proxmox.TaskAbove(os.Getpid(), vmid)
+	save := s.Keep && (task == "qmstop" || task == "vzdump")
 	if !s.PreStopBackup && !save {
 		return
 	}
@@ -155,15 +157,13 @@ func (h Hooks) preStop(ctx context.Context, vmid proxmox.VMID, s Settings) {
 	if process == nil {
 		return
 	}
-	reason := h.inTheWay(vmid)
-	if reason == "" && !h.Host.Socket(vmid).LookProcess(process).Right {
-		reason = "it runs without a backup socket"
-	}
-	if reason != "" {
-		h.Log.Infof("VM %s: nothing is saved before it stops: %s", vmid, reason)
+	if !h.Host.Socket(vmid).LookProcess(process).Right {
+		h.Log.Infof("VM %s: nothing is saved before it stops: it runs without a backup socket", vmid)
 		return
 	}
-	if s.PreStopBackup {
+	if reason := h.inTheWay(vmid); s.PreStopBackup && reason != "" {
+		h.Log.Infof("VM %s: no last increment is made before it stops: %s", vmid, reason)
+	} else if s.PreStopBackup {
 		h.Log.Infof("VM %s: a last increment is made before it stops, for at most %s", vmid, s.PreStopLimit)
 		// The lock file that PVE holds while it waits for us keeps all others away; its lock in the configuration can't be taken.
 		err := h.Systemd.RunUnit(ctx, lastUnit(vmid), s.PreStopLimit, h.Backup, "run", "--in-hook", vmid.String())
@@ -189,6 +189,14 @@ func (h Hooks) postStop(ctx context.Context, vmid proxmox.VMID, s Settings) {
 	reason := h.inTheWay(vmid)
 	if reason == "" && h.Host.Rebooting(vmid) {
 		reason = "it is about to be started again"
+	}
+	if reason == "" {
+		switch managed, err := h.Host.HAManaged(vmid); {
+		case err != nil:
+			reason = err.Error()
+		case managed:
+			reason = "HA manages it, and could not start it meanwhile"
+		}
 	}
 	if reason != "" {
 		h.Log.Infof("VM %s is not backed up after its stop: %s", vmid, reason)

@@ -56,7 +56,9 @@ $go run ./packaging/gen -bin "$work/host" -man packaging/man -out "$common" -ver
 install -m 644 packaging/systemd/* "$common/usr/lib/systemd/system/"
 install -m 755 packaging/snippets/* "$common/usr/share/qmchain/snippets/"
 install -m 644 packaging/lintian-overrides "$common/usr/share/lintian/overrides/qmchain"
-install -m 644 packaging/copyright README.md "$doc/"
+install -m 644 packaging/copyright SECURITY.md packaging/doc/*.md "$doc/"
+# Beside the guides that it links to.
+sed 's#(packaging/doc/#(#g' README.md >"$doc/README.md"
 install -m 644 packaging/examples/* "$doc/examples/"
 install -m 644 CHANGELOG.md "$doc/changelog"
 cat >"$doc/changelog.Debian" <<CHANGELOG

@@ -34,10 +34,11 @@ type Snapshot struct {
 }
 
 var (
-	sectionLine = regexp.MustCompile(`^\[([^\]]*)\]\s*$`)
-	snapshotRE  = regexp.MustCompile(`(?i)^[a-z][a-z0-9_-]+$`)
-	argsLine    = regexp.MustCompile(`^args:\s*(.*\S)\s*$`)
-	optionLine  = regexp.MustCompile(`^([a-z][a-z_-]*\d*):\s*(.+?)\s*$`)
+	// Perl's \s has the vertical tab too, which Go's has not.
+	sectionLine = regexp.MustCompile(`^\[([^\]]*)\][\s\v]*$`)
+	snapshotRE  = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9_-]+$`)
+	argsLine    = regexp.MustCompile(`^args:[\s\v]*(.*[^\s\v])[\s\v]*$`)
+	optionLine  = regexp.MustCompile(`^([a-z][a-z_-]*\d*):[\s\v]*(.+?)[\s\v]*$`)
 )
 
 // ParseConfig reads a configuration file as PVE does. Lines that it does not understand are ignored, as PVE ignores
@@ -53,8 +54,8 @@ func ParseConfig(vmid VMID, text []byte) *Config {
 			special, isSpecial := strings.CutPrefix(strings.ToLower(m[1]), "special:")
 			pending = strings.EqualFold(m[1], "pending")
 			switch {
-			case pending:
-				section = c.Pending
+			case pending: // of two sections PVE keeps the second, of pending changes as of a snapshot
+				c.Pending, c.PendingDelete = section, nil
 			case isSpecial:
 				c.Special[special] = section
 			case snapshotRE.MatchString(m[1]):

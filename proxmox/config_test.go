@@ -171,30 +171,3 @@ virtio1: local:120/vm-120-disk-1.raw,size=oops
 		t.Error("scsi2 has lost its cache")
 	}
 }
-
-func FuzzConfig(f *testing.F) {
-	for _, name := range []string{"120.conf", "120-pending.conf"} {
-		text, err := os.ReadFile("testdata/pve/" + name)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(text)
-	}
-	f.Add([]byte("[PENDING]\ndelete: !,\n[a]\nscsi0: ,=,size=\nagent: ,=\ntags: ;\n[]"))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		c := proxmox.ParseConfig(110, text)
-		for _, d := range c.Drives() {
-			if size, ok := d.Size(); ok && size < 0 {
-				t.Errorf("%s has the size %d", d.ID, size)
-			}
-			d.IOThread()
-		}
-		c.Agent()
-		c.Tags()
-		c.UUID()
-		again := proxmox.ParseConfig(110, []byte(c.Portable()))
-		if again.Description != c.Description && !strings.ContainsAny(c.Description, "\r") {
-			t.Errorf("description %q became %q", c.Description, again.Description)
-		}
-	})
-}

@@ -25,8 +25,10 @@ func (h Host) CheckFree(vmid VMID) error {
 		return err
 	}
 	for kind, what := range map[string]string{"qemu-server": "VM", "lxc": "container"} {
-		// An ill-formed pattern is the only error, and this is none.
-		found, _ := filepath.Glob(filepath.Join(h.Etc, "nodes", "*", kind, vmid.String()+".conf"))
+		found, err := h.glob("nodes", "*", kind, vmid.String()+".conf")
+		if err != nil {
+			return err
+		}
 		if len(found) > 0 {
 			node := filepath.Base(filepath.Dir(filepath.Dir(found[0])))
 			return fmt.Errorf("%s %s on node %s: %w", what, vmid, node, ErrTaken)
@@ -114,7 +116,7 @@ func (h Host) WriteFirewall(vmid VMID, rules []byte) error {
 
 // Firewall reads the VM's firewall rules; nil if it has none.
 func (h Host) Firewall(vmid VMID) ([]byte, error) {
-	rules, err := os.ReadFile(h.FirewallPath(vmid))
+	rules, err := h.readFile(h.FirewallPath(vmid))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}

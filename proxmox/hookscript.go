@@ -59,10 +59,12 @@ func (h Host) HookscriptUsers(volume string) ([]string, error) {
 	}
 	var users []string
 	for _, kind := range []string{"qemu-server", "lxc"} {
-		// An ill-formed pattern is the only error, and this is none.
-		files, _ := filepath.Glob(filepath.Join(h.Etc, "nodes", "*", kind, "*.conf"))
+		files, err := h.glob("nodes", "*", kind, "*.conf")
+		if err != nil {
+			return nil, fmt.Errorf("users of %s: %w", volume, err)
+		}
 		for _, file := range files {
-			text, err := os.ReadFile(file)
+			text, err := h.readFile(file)
 			if errors.Is(err, fs.ErrNotExist) {
 				continue // destroyed, or moved to where it is listed too
 			}
@@ -84,9 +86,12 @@ func (h Host) HookscriptUsers(volume string) ([]string, error) {
 
 // Nodes are the names of the cluster's nodes, this one included.
 func (h Host) Nodes() ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(h.Etc, "nodes"))
+	if err := h.check(); err != nil {
+		return nil, err
+	}
+	entries, err := h.readDir(filepath.Join(h.Etc, "nodes"))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoHost, err)
+		return nil, fmt.Errorf("nodes of the cluster: %w", err)
 	}
 	var names []string
 	for _, e := range entries {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -58,6 +57,8 @@ type Host struct {
 	Events     string // qmeventd's socket: /var/run/qmeventd.sock
 	VzdumpLock string // locked with flock(2) while vzdump works: /var/run/vzdump.lock
 	Program    string // qm; if empty, /usr/sbin/qm, else qm on PATH
+
+	reads *etcReads // nil: the usual patience, and no bound on what hangs
 }
 
 // Local is the node that this runs on.
@@ -67,6 +68,7 @@ func Local() Host {
 		Run:        "/var/run/qemu-server",
 		Events:     "/var/run/qmeventd.sock",
 		VzdumpLock: "/var/run/vzdump.lock",
+		reads:      newEtcReads(patience),
 	}
 }
 
@@ -74,7 +76,7 @@ func Local() Host {
 func (h Host) Node() string {
 	// Both are links into nodes/NAME.
 	for _, link := range []string{"local", "qemu-server"} {
-		target, err := os.Readlink(filepath.Join(h.Etc, link))
+		target, err := h.readlink(filepath.Join(h.Etc, link))
 		if err != nil {
 			continue
 		}
@@ -96,9 +98,9 @@ func (h Host) FirewallPath(vmid VMID) string {
 	return filepath.Join(h.Etc, "firewall", vmid.String()+".fw")
 }
 
-// Config reads the VM's configuration. Its errors are ErrNotFound, ErrElsewhere, ErrNoHost, or those of reading.
+// Config reads the VM's configuration. Its errors are ErrNotFound, ErrElsewhere, ErrNoHost, or those of reading, ErrHung among them.
 func (h Host) Config(vmid VMID) (*Config, error) {
-	text, err := os.ReadFile(h.ConfigPath(vmid))
+	text, err := h.readFile(h.ConfigPath(vmid))
 	switch {
 	case err == nil:
 		return ParseConfig(vmid, text), nil
@@ -114,8 +116,10 @@ func (h Host) missing(vmid VMID) error {
 		return err
 	}
 	for _, kind := range []string{"qemu-server", "lxc"} {
-		// An ill-formed pattern is the only error, and this is none.
-		found, _ := filepath.Glob(filepath.Join(h.Etc, "nodes", "*", kind, vmid.String()+".conf"))
+		found, err := h.glob("nodes", "*", kind, vmid.String()+".conf")
+		if err != nil {
+			return fmt.Errorf("VM %s: %w", vmid, err)
+		}
 		if len(found) == 0 {
 			continue
 		}
@@ -134,7 +138,11 @@ func (h Host) missing(vmid VMID) error {
 
 // check tells whether there is a PVE.
 func (h Host) check() error {
-	if _, err := os.Stat(filepath.Join(h.Etc, "qemu-server")); err != nil {
+	_, err := h.stat(filepath.Join(h.Etc, "qemu-server"))
+	switch {
+	case errors.Is(err, ErrHung):
+		return err
+	case err != nil:
 		return fmt.Errorf("%w: %w", ErrNoHost, err)
 	}
 	return nil
@@ -142,9 +150,12 @@ func (h Host) check() error {
 
 // VMIDs lists this node's VMs, in ascending order.
 func (h Host) VMIDs() ([]VMID, error) {
-	entries, err := os.ReadDir(filepath.Join(h.Etc, "qemu-server"))
+	if err := h.check(); err != nil {
+		return nil, err
+	}
+	entries, err := h.readDir(filepath.Join(h.Etc, "qemu-server"))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoHost, err)
+		return nil, fmt.Errorf("VMs of this node: %w", err)
 	}
 	var ids []VMID
 	for _, e := range entries {

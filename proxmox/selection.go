@@ -49,7 +49,7 @@ func (h Host) pool(name string) (vmids []VMID, notes []string, err error) {
 	if err := h.check(); err != nil {
 		return nil, nil, err
 	}
-	text, err := os.ReadFile(filepath.Join(h.Etc, "user.cfg"))
+	text, err := h.readFile(filepath.Join(h.Etc, "user.cfg"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, nil, fmt.Errorf("pool %s: %w", name, err)
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -31,25 +30,9 @@ while (my $line = <STDIN>) {
     print join(' ', map { 'x' . unpack('H*', $_) } shellwords(pack('H*', $line))), "\n";
 }`
 
-func newPerl(t *testing.T) *perl {
+func newPerl(t testing.TB) *perl {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "perl", "-e", oracle)
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = in.Close()
-		_ = cmd.Wait()
-	})
-	return &perl{in, bufio.NewReader(out)}
+	return ask(t, oracle)
 }
 
 func (p *perl) shellwords(t rapid.TB, args string) []string {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -28,7 +27,7 @@ func (h Host) Storages() (map[string]Storage, error) {
 	if err := h.check(); err != nil {
 		return nil, err
 	}
-	text, err := os.ReadFile(filepath.Join(h.Etc, "storage.cfg"))
+	text, err := h.readFile(filepath.Join(h.Etc, "storage.cfg"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("storages: %w", err)
 	}

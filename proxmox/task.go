@@ -15,7 +15,7 @@ var taskTitle = regexp.MustCompile(`^task UPID:[^:]+:[0-9A-Fa-f]+:[0-9A-Fa-f]+:[
 const maxAncestors = 64
 
 // TaskAbove is the kind of the task of PVE's that a process was started by, directly or not, if it is one about that VM, such as
-// qmstop; "" if there is none. It is how a hook script can tell a stop from a shutdown.
+// qmstop, or a vzdump, which can be about several; "" if there is none. It is how a hook script can tell a stop from a shutdown.
 func TaskAbove(pid int, vmid VMID) string {
 	for range maxAncestors {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -34,7 +34,7 @@ func TaskAbove(pid int, vmid VMID) string {
 		if err != nil {
 			return ""
 		}
-		if m := taskTitle.FindStringSubmatch(string(title)); m != nil && m[2] == vmid.String() {
+		if m := taskTitle.FindStringSubmatch(string(title)); m != nil && (m[2] == vmid.String() || m[1] == "vzdump" && m[2] == "") {
 			return m[1]
 		}
 	}

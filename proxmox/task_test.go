@@ -16,7 +16,10 @@ func TestTaskAbove(t *testing.T) {
 		{upid + "qmstop:110:root@pam:", "qmstop"},
 		{upid + "qmshutdown:110:user@pve!token:", "qmshutdown"},
 		{upid + "qmstop:1100:root@pam:", ""},
-		{upid + "vzdump::root@pam:", ""},
+		{upid + "vzdump::root@pam:", "vzdump"},
+		{upid + "vzdump:110:root@pam:", "vzdump"},
+		{upid + "vzdump:111:root@pam:", ""},
+		{upid + "qmstop::root@pam:", ""},
 		{"UPID:pve1:0000A1B2:00C3D4E5:692F0000:qmstop:110:root@pam:", ""},
 		{"qm stop 110", ""},
 	} {

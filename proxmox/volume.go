@@ -87,7 +87,7 @@ func (h Host) Volume(ctx context.Context, d Drive) (Volume, error) {
 
 // storageType is the type of a storage, such as lvmthin, or "": a line "TYPE: NAME" begins its section in PVE's file.
 func (h Host) storageType(name string) string {
-	text, err := os.ReadFile(filepath.Join(h.Etc, "storage.cfg"))
+	text, err := h.readFile(filepath.Join(h.Etc, "storage.cfg"))
 	if err != nil {
 		return ""
 	}

@@ -12,22 +12,19 @@ import (
 
 type addCmd struct {
 	vms.Flags
-	DryRun bool `help:"Show what would be changed, and change nothing."`
+	DryRun bool `short:"n" help:"Show what would be changed, and change nothing."`
 }
 
 type removeCmd struct {
 	vms.Flags
-	DryRun bool `help:"Show what would be changed, and change nothing."`
+	DryRun bool `short:"n" help:"Show what would be changed, and change nothing."`
 }
 
 // Help is what "add --help" says in addition.
 func (*addCmd) Help() string {
 	return `The socket is /var/run/qemu-server/VMID-backup.qmp, made by "-chardev socket,id=qmchain,... -mon chardev=qmchain,mode=control" at the end of args. One that is there already and right stays, in whichever form. Mended is what cannot work: the socket of another VM, as after a clone or a restore; an old path; half of the two options; options that would keep the VM from starting; more than one.
 
-A VM that runs has its new args pending until it is stopped and started, or rebooted with "qm reboot". Templates are left out, and so are VMs on other nodes. Nothing is written where PVE would drop args for unbalanced quotes: the error shows the place.
-
-    qmchain-args add 110
-    qmchain-args add --all --exclude 900 --dry-run`
+A VM that runs has its new args pending until it is stopped and started, or rebooted with "qm reboot". Templates are left out, and so are VMs on other nodes. Nothing is written where PVE would drop args for unbalanced quotes: the error shows the place.`
 }
 
 // Help is what "remove --help" says in addition.

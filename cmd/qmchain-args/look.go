@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"qmchain/cmd/internal/vms"
@@ -135,13 +136,14 @@ func (c *checkCmd) Run(ctx context.Context, u *ui.UI, host proxmox.Host) error {
 		return failure
 	}
 	err := u.Result(c.JSON, states, func(w io.Writer) error {
+		looked := slices.DeleteFunc(slices.Clone(states), func(s state) bool { return s.Error != "" })
+		if len(looked) == 0 {
+			return nil
+		}
 		if _, err := fmt.Fprintln(w, "VMID\tNAME\tSTATUS\tCONFIGURED\tPENDING\tACTIVE\tANSWERS\tREMARK"); err != nil {
 			return err
 		}
-		for _, s := range states {
-			if s.Error != "" {
-				continue
-			}
+		for _, s := range looked {
 			_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.VMID, orDash(s.Name), s.status(),
 				yesNo(s.Configured), yesNo(s.Pending), s.ifRunning(yesNo(s.Active)), s.ifRunning(string(s.Answers)), s.remark())
 			if err != nil {

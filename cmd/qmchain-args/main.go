@@ -25,10 +25,11 @@ func program(host proxmox.Host) cli.Program {
 		Name: "qmchain-args",
 		Description: "Looks after the QMP socket that backups of a Proxmox VE VM need. It is made by the VM's option args, of which everything else stays " +
 			"as it is. Changes go through qm, and lose nothing that others change meanwhile.",
-		Grammar: &g,
-		Common:  &g.Common,
-		Bind:    []any{host},
-		Explain: explain,
+		Grammar:  &g,
+		Common:   &g.Common,
+		Bind:     []any{host},
+		Explain:  explain,
+		Complete: vms.Sources(host),
 	}
 }
 

@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/jsondoc"
 	"qmchain/proxmox"
 	"qmchain/proxmox/pvetest"
 )
@@ -25,6 +27,9 @@ func (r rig) call(ctx context.Context, args ...string) (code int, stdout, stderr
 	var out, errs bytes.Buffer
 	host := proxmox.Host{Etc: r.Etc, Run: r.Run, Events: r.Events, VzdumpLock: r.VzdumpLock, Program: r.Program}
 	code = program(host).Run(ctx, args, cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }})
+	if slices.Contains(args, "--json") {
+		jsondoc.Load(r.t).Output(r.t, "qmchain-args "+args[0], out.Bytes())
+	}
 	return code, out.String(), errs.String()
 }
 

@@ -7,12 +7,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/jsondoc"
 	"qmchain/internal/durable"
 	"qmchain/internal/testenv"
 )
@@ -22,7 +24,16 @@ func call(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
 	code = program(durable.FS{}).Run(t.Context(), args, cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }})
+	checkJSON(t, args, out.Bytes())
 	return code, out.String(), errs.String()
+}
+
+// checkJSON compares what was printed with the manual page.
+func checkJSON(t *testing.T, args []string, printed []byte) {
+	t.Helper()
+	if slices.Contains(args, "--json") {
+		jsondoc.Load(t).Output(t, "qmchain-backup "+args[0], printed)
+	}
 }
 
 // tree lists all files below a folder with their contents.
@@ -255,10 +266,15 @@ func TestListAndInfo(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(b.repo, disk["file"].(string))); err != nil {
 		t.Error(err)
 	}
-	if code, stdout, _ := call(t, "list", "--repo", b.repo); code != 0 || strings.Count(stdout, "\n") != 5 {
-		t.Errorf("exit code %d, text %s", code, stdout)
+	for flag, lines := range map[string]int{"--long=false": 4, "--long": 8} { // a heading, the guest, its points, their disks
+		if code, stdout, _ := call(t, "list", "--repo", b.repo, flag); code != 0 || strings.Count(stdout, "\n") != lines {
+			t.Errorf("%s: exit code %d, text %s", flag, code, stdout)
+		}
 	}
-	if code, _, stderr := call(t, "list", "--repo", b.repo, "mail"); code != 2 || !strings.Contains(stderr, "mail") {
+	if code, _, stderr := call(t, "list", "--repo", b.repo, "wbe"); code != 2 || !strings.Contains(stderr, "did you mean web?") {
+		t.Errorf("exit code %d: %s", code, stderr)
+	}
+	if code, _, stderr := call(t, "list", "--repo", b.repo, "--watch"); code != 80 || !strings.Contains(stderr, "no terminal") {
 		t.Errorf("exit code %d: %s", code, stderr)
 	}
 
@@ -278,6 +294,15 @@ func TestListAndInfo(t *testing.T) {
 	}
 	if info.Status != "running" || len(info.Disks) != 2 || len(info.Disks[0].Bitmaps) != 1 || info.Disks[0].Bitmaps[0].Point != points[1]["id"] {
 		t.Errorf("info: %+v", info)
+	}
+
+	for want, args := range map[string][]string{
+		`"estimate": `: append(b.args(b.vm.Socket), "--dry-run", "--json"),
+		`"removed": [`: {"cleanup", "--socket", b.vm.Socket, "--json"},
+	} {
+		if code, stdout, stderr := call(t, args...); code != 0 || !strings.Contains(stdout, want) {
+			t.Errorf("%q: exit code %d: %s%s", args, code, stdout, stderr)
+		}
 	}
 
 	// A manifest that was edited.
@@ -341,7 +366,10 @@ func TestEventsMetricsAndCheck(t *testing.T) {
 		{nil, 0, "ok"},
 		{[]string{"--max-age", "1ns"}, 1, "TOO OLD"},
 		{[]string{"web", "mail"}, 2, "no point"},
-		{[]string{"../web"}, 80, "no such"},
+		{[]string{"../web"}, 80, ""},
+		{[]string{"--json"}, 0, `"state": "ok"`},
+		{[]string{"--json", "--max-age", "1ns"}, 1, `"state": "old"`},
+		{[]string{"--json", "mail"}, 2, `"state": "none"`},
 	} {
 		code, stdout, stderr := call(t, append([]string{"check", "--repo", b.repo}, test.args...)...)
 		if code != test.code || !strings.Contains(stdout, test.text) {

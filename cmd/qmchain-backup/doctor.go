@@ -104,7 +104,7 @@ func (c *doctorCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, 
 	if left != "" {
 		findings = append(findings, backup.Finding{Where: "Proxmox VE", What: left, Fixable: true})
 	}
-	err = u.Result(c.JSON, findings, func(w io.Writer) error {
+	err = u.Result(c.JSON, append([]backup.Finding{}, findings...), func(w io.Writer) error {
 		if len(findings) == 0 {
 			_, err := fmt.Fprintln(w, "all is well")
 			return err
@@ -133,6 +133,12 @@ type cleanupCmd struct {
 	Name     string        `placeholder:"GUEST" help:"Also, or only, the bitmaps that keep has saved under this name, of all repositories. For a VM those of its VMID go in any case."`
 	KeepDir  string        `placeholder:"DIR" help:"Where keep keeps bitmaps, if that is not its default."`
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for a run to end."`
+	JSON     bool          `name:"json" help:"Print one JSON document."`
+}
+
+// cleaned is the output of cleanup --json.
+type cleaned struct {
+	Removed []string `json:"removed"` // bitmaps, by name
 }
 
 func (c *cleanupCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, again cli.Again) error {
@@ -195,7 +201,7 @@ func (c *cleanupCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node,
 	if err != nil {
 		return err
 	}
-	return u.Result(false, nil, func(w io.Writer) error {
+	return u.Result(c.JSON, cleaned{append([]string{}, removed...)}, func(w io.Writer) error {
 		for _, name := range removed {
 			if _, err := fmt.Fprintln(w, name); err != nil {
 				return err

@@ -13,6 +13,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -69,6 +70,12 @@ type planned struct {
 	Estimate int64       `json:"estimate"` // bytes to copy
 }
 
+// plannedGuest is one of several guests in it.
+type plannedGuest struct {
+	Guest string    `json:"guest"`
+	Disks []planned `json:"disks"`
+}
+
 // preview prints what a run would do.
 func preview(ctx context.Context, u *ui.UI, fsys durable.FS, n node, guests guests, guest string, flags *runFlags, asJSON bool) error {
 	req, err := flags.request()
@@ -80,16 +87,16 @@ func preview(ctx context.Context, u *ui.UI, fsys durable.FS, n node, guests gues
 		Repo: func() (*repo.Repo, error) {
 			r, err := repo.Open(flags.Repo, fsys)
 			if errors.Is(err, repo.ErrNotRepository) {
-				return repo.Planned(flags.Repo)
+				r, err = repo.Planned(flags.Repo)
 			}
-			return r, err
+			return r, points.MeantDir(err, flags.Repo)
 		},
 	}
 	if flags.Name != "" {
 		cfg.Guest = flags.Name
 	}
 	if guests.vms {
-		vm, err := n.site(fsys, 0, u.Log).Find(guests.vmid(guest))
+		vm, err := n.find(fsys, 0, u.Log, guests.vmid(guest))
 		if err != nil {
 			return err
 		}
@@ -117,10 +124,7 @@ func preview(ctx context.Context, u *ui.UI, fsys durable.FS, n node, guests gues
 		disks = append(disks, planned{Name: d.Name, Reason: d.Left})
 	}
 	if asJSON && guests.several() {
-		return u.Event(struct {
-			Guest string    `json:"guest"`
-			Disks []planned `json:"disks"`
-		}{cfg.Guest, disks})
+		return u.Event(plannedGuest{cfg.Guest, disks})
 	}
 	return u.Result(asJSON, disks, func(w io.Writer) error {
 		if guests.several() {

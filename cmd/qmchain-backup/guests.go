@@ -10,6 +10,7 @@ import (
 
 	"qmchain/backup"
 	"qmchain/chain"
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/durable"
 	"qmchain/internal/pveguest"
 	"qmchain/internal/ui"
@@ -41,6 +42,12 @@ func (n node) name() string {
 
 func (n node) site(fsys durable.FS, wait time.Duration, log logrus.FieldLogger) pveguest.Site {
 	return pveguest.Site{Host: n.Host, Locks: n.Locks, FS: fsys, Wait: wait, Log: log, Now: time.Now}
+}
+
+// find looks up a VM.
+func (n node) find(fsys durable.FS, wait time.Duration, log logrus.FieldLogger, id proxmox.VMID) (*pveguest.VM, error) {
+	vm, err := n.site(fsys, wait, log).Find(id)
+	return vm, vms.Meant(err, n.Host, id)
 }
 
 // guestFlags choose guests: VMs of Proxmox VE, by number or by group, or one of plain QEMU.
@@ -142,7 +149,7 @@ func (f *oneFlags) find(n node, fsys durable.FS, wait time.Duration, log logrus.
 	if f.Socket != "" {
 		return nil, "", ui.Exit(ui.ExitUsage, errors.New("say which guest in one way: a VMID or --socket"))
 	}
-	if vm, err = n.site(fsys, wait, log).Find(f.VMID); err != nil || !vm.Running() {
+	if vm, err = n.find(fsys, wait, log, f.VMID); err != nil || !vm.Running() {
 		return vm, "", err
 	}
 	addr, err = vm.Socket()

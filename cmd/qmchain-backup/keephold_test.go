@@ -130,3 +130,36 @@ func TestKeepLeaves(t *testing.T) {
 	}
 	p.stays("running", time.Second)
 }
+
+// TestKeepBesideVzdumpThatStops: vzdump can have the VM shut down first. It waits for QEMU's end then, and holds the VM's lock, but
+// has nothing under way in QEMU.
+func TestKeepBesideVzdumpThatStops(t *testing.T) {
+	t.Parallel()
+	p := newPVE(t)
+	p.AddStorage("lvmthin", "thin")
+	p.add(110, "virtio1: thin:vm-110-disk-1,size=2M")
+	p.point(0, 110)
+	p.VM(110).IO("virtio1", "write -P 31 0 64k")
+	p.keeping()
+	p.await("the keeper", func() bool { return p.KeptAlive(110) })
+	p.QM("set", "110", "--lock", "backup")
+	shutdown := make(chan string, 1)
+	began := time.Now()
+	go func() {
+		_, _, stderr := p.TryQM("shutdown", "110", "--skiplock", "--timeout", "120")
+		shutdown <- stderr
+	}()
+	vm := p.VM(110)
+	vm.WaitEvent("POWERDOWN", time.Minute)
+	vm.PowerOff()
+	if stderr := <-shutdown; stderr != "" {
+		t.Errorf("after %s: %s", time.Since(began), stderr)
+	}
+	p.QM("start", "110", "--skiplock")
+	p.QM("unlock", "110")
+	m, disks := p.point(0, 110)
+	if m.Level() != chain.Inc {
+		t.Errorf("level %s: %+v", m.Level(), m.Disks)
+	}
+	p.holds(disks, "virtio1", 31)
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/chain/repo"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -19,12 +21,33 @@ import (
 type checkCmd struct {
 	Repo   string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
 	MaxAge time.Duration `default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
+	JSON   bool          `name:"json" help:"Print one JSON document."`
 	Guest  []string      `arg:"" optional:"" help:"Only these guests."`
 }
 
+// checked is one guest in the output of check --json.
+type checked struct {
+	Guest string     `json:"guest"`
+	State checkState `json:"state"`
+	Point chain.ID   `json:"point"` // the newest; empty: it has none
+	Age   float64    `json:"age"`   // of that, in seconds; 0 where it can't be told
+	Error string     `json:"error"`
+}
+
+// checkState is how a guest's newest point is.
+type checkState string
+
+const (
+	checkOK         checkState = "ok"
+	checkOld        checkState = "old"
+	checkNone       checkState = "none"
+	checkDamaged    checkState = "damaged"
+	checkUnreadable checkState = "unreadable" // now
+)
+
 // Run fails with exit code 1 where a point is too old, 2 where a guest has none, and 5 where the newest can't be read.
 func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
-	r, err := repo.Open(c.Repo, fsys)
+	r, err := points.OpenRepo(c.Repo, fsys)
 	if err != nil {
 		return err
 	}
@@ -34,48 +57,76 @@ func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
 			return err
 		}
 	}
+	for _, name := range guests {
+		if err := chain.CheckGuestName(name); err != nil {
+			return ui.Exit(ui.ExitUsage, err)
+		}
+	}
 	var worst error
+	all := []checked{}
 	now := time.Now()
-	err = u.Result(false, nil, func(w io.Writer) error {
-		for _, name := range guests {
-			state, err := c.check(r, name, now)
-			if _, werr := fmt.Fprintf(w, "%s\t%s\n", name, state); werr != nil {
-				return werr
-			}
-			if err != nil && ui.ExitCode(err) >= ui.ExitCode(worst) {
+	for _, name := range guests {
+		state, err := c.check(r, name, now)
+		if err != nil {
+			state.Error = err.Error()
+			if ui.ExitCode(err) >= ui.ExitCode(worst) {
 				worst = err
+			}
+		}
+		all = append(all, state)
+	}
+	err = u.Result(c.JSON, all, func(w io.Writer) error {
+		for _, s := range all {
+			if _, err := fmt.Fprintf(w, "%s\t%s\n", s.Guest, s); err != nil {
+				return err
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	return worst
+	return cmp.Or(err, worst)
 }
 
-func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (state string, err error) {
+func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (s checked, err error) {
+	s.Guest, s.State = name, checkUnreadable
 	g, err := r.Guest(name)
 	if err != nil {
-		return "no such guest", ui.Exit(ui.ExitUsage, err)
+		return s, err
 	}
-	tip, err := g.Tip()
+	if s.Point, err = g.Tip(); err != nil {
+		return s, err
+	}
+	if s.Point == "" {
+		s.State = checkNone
+		return s, ui.Exit(ui.ExitNotFound, points.MeantGuest(fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint), name, r.Guests))
+	}
+	m, err := g.Point(s.Point)
 	if err != nil {
-		return "unreadable", err
-	}
-	if tip == "" {
-		return "no point", ui.Exit(ui.ExitNotFound, fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint))
-	}
-	m, err := g.Point(tip)
-	if err != nil {
-		return "damaged: " + string(tip), ui.Exit(ui.ExitDamaged, err)
+		s.State = checkDamaged
+		return s, ui.Exit(ui.ExitDamaged, err)
 	}
 	age := now.Sub(m.Time)
-	state = fmt.Sprintf("%s old: %s", age.Round(time.Second), tip)
+	s.State, s.Age = checkOK, age.Seconds()
 	if age > c.MaxAge {
-		return "TOO OLD, " + state, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age.Round(time.Second)))
+		s.State = checkOld
+		return s, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age.Round(time.Second)))
 	}
-	return "ok, " + state, nil
+	return s, nil
+}
+
+// String is what people are told.
+func (s checked) String() string {
+	old := fmt.Sprintf("%s old: %s", (time.Duration(s.Age) * time.Second), s.Point)
+	switch s.State {
+	case checkOK:
+		return "ok, " + old
+	case checkOld:
+		return "TOO OLD, " + old
+	case checkNone:
+		return "no point"
+	case checkDamaged:
+		return "damaged: " + string(s.Point)
+	}
+	return "unreadable"
 }
 
 type infoCmd struct {

@@ -18,6 +18,8 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/durable"
 	"qmchain/internal/fleet"
 	"qmchain/internal/pveguest"
@@ -145,7 +147,8 @@ func (r *run) config() (cfg backup.Config, err error) {
 		Create: func() (*repo.Repo, error) {
 			r.making.Lock()
 			defer r.making.Unlock()
-			return repo.OpenOrCreate(c.Repo, r.fsys)
+			made, err := repo.OpenOrCreate(c.Repo, r.fsys)
+			return made, points.MeantDir(err, c.Repo)
 		},
 		Init:        c.Init,
 		Kept:        kept,
@@ -182,8 +185,9 @@ func (r *run) addVM(ctx context.Context, cfg *backup.Config) (err error) {
 	}
 	site := r.node.site(r.fsys, r.cmd.LockWait, r.log)
 	site.InHook = r.cmd.InHook
-	if r.vm, err = site.Find(r.guests.vmid(r.guest)); err != nil {
-		return err
+	id := r.guests.vmid(r.guest)
+	if r.vm, err = site.Find(id); err != nil {
+		return vms.Meant(err, r.node.Host, id)
 	}
 	vm := r.vm
 	if names := vm.Config.Snapshots; len(names) > 0 && r.cmd.Bitmaps == chain.KindPersistent {

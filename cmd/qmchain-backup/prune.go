@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"qmchain/chain/repo"
 	"qmchain/chain/retain"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -70,7 +72,7 @@ type pruneCmd struct {
 	KeepMonthly int  `placeholder:"N" help:"The same for months."`
 	KeepYearly  int  `placeholder:"N" help:"The same for years."`
 	KeepAll     bool `help:"Keep all points; only do away with what is left of removed ones."`
-	DryRun      bool `help:"Only show what would be kept and removed."`
+	DryRun      bool `short:"n" help:"Only show what would be kept and removed."`
 	JSON        bool `name:"json" help:"Print one JSON document."`
 
 	Guest []string `arg:"" optional:"" help:"Only these guests."`
@@ -97,7 +99,7 @@ func (c *pruneCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	case !policy.KeepsAll() && c.KeepAll:
 		return ui.Exit(ui.ExitUsage, errors.New("--keep-all goes with no other --keep option"))
 	}
-	r, err := repo.Open(c.Repo, fsys)
+	r, err := points.OpenRepo(c.Repo, fsys)
 	if err != nil {
 		return err
 	}
@@ -116,7 +118,9 @@ func (c *pruneCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 			return ctx.Err()
 		}
 		if err != nil {
-			u.Log.Errorf("guest %s: %v", name, err)
+			if len(guests) > 1 {
+				u.Log.WithField("guest", name).Error(err)
+			}
 			failed = err
 		}
 	}
@@ -137,7 +141,7 @@ func (c *pruneCmd) prune(ctx context.Context, u *ui.UI, r *repo.Repo, name strin
 	}
 	// Where there is no point any more, there can be what is left of removed ones.
 	if _, err := os.Lstat(g.Dir); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint)
+		return nil, points.MeantGuest(fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint), name, r.Guests)
 	}
 	choose := func(points chain.Points) (remove []chain.ID, err error) {
 		for _, v := range policy.Apply(points) {
@@ -218,9 +222,6 @@ func (c *protectCmd) set(ctx context.Context, fsys durable.FS, protected bool) e
 }
 
 func protect(ctx context.Context, g *repo.Guest, names []string, protected bool) error {
-	if tip, err := g.Tip(); err != nil || tip == "" {
-		return errors.Join(err, fmt.Errorf("guest %s has no point: %w", g.Name, chain.ErrNoPoint))
-	}
 	lock, err := g.LockPrune(ctx, time.Minute)
 	if err != nil {
 		return err
@@ -247,20 +248,20 @@ func protect(ctx context.Context, g *repo.Guest, names []string, protected bool)
 }
 
 // eachGuest calls do for each guest of which the user has named points, with what the user called them.
-func eachGuest(dir string, fsys durable.FS, points []string, do func(g *repo.Guest, names []string) error) error {
+func eachGuest(dir string, fsys durable.FS, refs []string, do func(g *repo.Guest, names []string) error) error {
 	names := make(map[string][]string)
 	var order []string
-	for _, s := range points {
-		ref, err := chain.ParseRef(s)
+	for _, s := range refs {
+		ref, err := points.Parse(s)
 		if err != nil {
-			return ui.Exit(ui.ExitUsage, err)
+			return err
 		}
 		if names[ref.Guest] == nil {
 			order = append(order, ref.Guest)
 		}
 		names[ref.Guest] = append(names[ref.Guest], ref.Point)
 	}
-	r, err := repo.Open(dir, fsys)
+	r, err := points.OpenRepo(dir, fsys)
 	if err != nil {
 		return err
 	}
@@ -268,6 +269,11 @@ func eachGuest(dir string, fsys durable.FS, points []string, do func(g *repo.Gue
 		g, err := r.Guest(name)
 		if err != nil {
 			return err
+		}
+		// Before anything is locked, which makes files in the guest's folder.
+		if tip, err := g.Tip(); err != nil || tip == "" {
+			none := points.MeantGuest(fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint), name, r.Guests)
+			return cmp.Or(err, none)
 		}
 		if err := do(g, names[name]); err != nil {
 			return err
@@ -277,12 +283,12 @@ func eachGuest(dir string, fsys durable.FS, points []string, do func(g *repo.Gue
 }
 
 // resolve finds the points that the user named.
-func resolve(points chain.Points, guest string, names []string) ([]chain.ID, error) {
+func resolve(all chain.Points, guest string, names []string) ([]chain.ID, error) {
 	var ids []chain.ID
 	for _, name := range names {
-		m, err := points.Resolve(name)
+		m, err := all.Resolve(name)
 		if err != nil {
-			return nil, fmt.Errorf("guest %s: %w", guest, err)
+			return nil, fmt.Errorf("guest %s: %w", guest, points.MeantPoint(err, name, all))
 		}
 		if !slices.Contains(ids, m.ID) {
 			ids = append(ids, m.ID)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"qmchain/internal/durable"
 	"qmchain/internal/fleet"
@@ -13,7 +14,7 @@ import (
 // reportFlags say who is told how it went.
 type reportFlags struct {
 	Report   string     `placeholder:"FILE" help:"Write the report, a line for each guest, to FILE."`
-	MailTo   []string   `placeholder:"ADDR" help:"Mail the report there. Can be given several times."`
+	MailTo   []string   `placeholder:"ADDR" complete:"none" help:"Mail the report there. Can be given several times."`
 	MailWhen fleet.When `enum:"failure,always,never" default:"failure" help:"When to mail it: failure means that something failed or went not quite as asked."`
 }
 
@@ -41,7 +42,12 @@ func (f *reportFlags) send(ctx context.Context, u *ui.UI, n node, report fleet.R
 	case shown.asJSON && shown.several:
 		errs = append(errs, u.Event(summaryEvent{"summary", report.Host, report.Outcomes}))
 	case shown.several:
-		u.Note("\n" + report.Text() + "\n")
+		u.Note(func(w io.Writer) error {
+			fmt.Fprintln(w)
+			err := report.Write(w)
+			fmt.Fprintln(w)
+			return err
+		})
 	}
 	if f.Report != "" {
 		if err := (durable.FS{}).WriteFile(f.Report, []byte(report.Text()), 0o600); err != nil {

@@ -70,12 +70,12 @@ type runCmd struct {
 	NoFreeze      bool          `help:"Don't freeze file systems, whatever the VM's option agent says."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 
-	JSON        bool     `name:"json" help:"Print events, one JSON document a line, in place of the point's name."`
+	JSON        bool     `name:"json" help:"Print events, one JSON document a line, in place of the point's name. With --dry-run, what estimate prints."`
 	MetricsFile string   `placeholder:"FILE" help:"Write metrics to FILE for node_exporter's textfile collector."`
 	Offline     []string `conf:"no" placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times. Those of a stopped VM are found."`
 	Init        bool     `conf:"no" help:"Make a repository even if the guest is tracked for another one."`
 	InHook      bool     `conf:"no" hidden:"" help:"This runs in a hook script of the VM's: go without Proxmox VE's lock on it, which the hook's caller holds."`
-	DryRun      bool     `conf:"no" help:"Print what would be done, and do nothing."`
+	DryRun      bool     `conf:"no" short:"n" help:"Print what would be done, and do nothing."`
 }
 
 // of is the command with the settings of one guest.
@@ -101,7 +101,7 @@ func (c *runCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, aga
 		if len(c.Offline) > 0 {
 			return ui.Exit(ui.ExitUsage, errors.New("--dry-run needs a running guest"))
 		}
-		return previewAll(ctx, u, fsys, n, guests, false, func(guest string) (*runFlags, error) {
+		return previewAll(ctx, u, fsys, n, guests, c.JSON, func(guest string) (*runFlags, error) {
 			own, err := c.of(guest, again)
 			return &own.runFlags, err
 		})

@@ -50,6 +50,7 @@ func (p *pve) call(args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	env := cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }, Config: p.config}
 	code = programOn(p.host, durable.FS{}).Run(p.t.Context(), args, env)
+	checkJSON(p.t, args, out.Bytes())
 	return code, out.String(), errs.String()
 }
 

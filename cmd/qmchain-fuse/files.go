@@ -11,12 +11,11 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"qmchain/chain"
 	"qmchain/chain/image"
-	"qmchain/chain/source"
+	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/fusefs/inside"
 	"qmchain/internal/ui"
 )
@@ -37,126 +36,70 @@ var errTimeout = errors.New("nothing has happened for too long")
 
 // explainFiles gives errors of this file's commands their exit codes and hints.
 func explainFiles(err error) error {
-	for _, e := range []struct {
-		is   error
-		code int
-		hint string
-	}{
-		{inside.ErrNoAppliance, ui.ExitFailed, "`apt install guestmount libguestfs-xfs`. --kernel does without, but lets this host's kernel read what a guest has written: only for guests that you trust"},
-		{inside.ErrNotRoot, ui.ExitFailed, "without --kernel an appliance reads them"},
-		{inside.ErrAmbiguous, ui.ExitUsage, "--disk, --part and --lv say which"},
-		{inside.ErrNotFound, ui.ExitNotFound, ""},
-		{inside.ErrNoFiles, ui.ExitFailed, ""},
-		{inside.ErrBusy, ui.ExitBusy, "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
-		{inside.ErrNotFile, ui.ExitFailed, "cp -r copies folders"},
-		{errTimeout, ui.ExitFailed, "--timeout gives it more time; without KVM an appliance is slow"},
-		{chain.ErrNoPoint, ui.ExitNotFound, "`qmchain-restore list` shows what there is"},
-		{fs.ErrExist, ui.ExitFailed, "nothing that is there is replaced"},
-		{fs.ErrNotExist, ui.ExitNotFound, ""},
-	} {
-		if errors.Is(err, e.is) {
-			if e.hint != "" && ui.HintOf(err) == "" {
-				err = ui.Hint(err, e.hint)
-			}
-			return ui.Exit(e.code, err)
-		}
-	}
-	return err
+	return cli.Explain(err, []cli.Cause{
+		{Is: inside.ErrNoAppliance, Code: ui.ExitFailed, Hint: "`apt install guestmount libguestfs-xfs`. --kernel does without, but lets this host's kernel read what a guest has written: only for guests that you trust"},
+		{Is: inside.ErrNotRoot, Code: ui.ExitFailed, Hint: "without --kernel an appliance reads them"},
+		{Is: inside.ErrAmbiguous, Code: ui.ExitUsage, Hint: "--disk, --part and --lv say which"},
+		{Is: inside.ErrNotFound, Code: ui.ExitNotFound},
+		{Is: inside.ErrNoFiles, Code: ui.ExitFailed},
+		{Is: inside.ErrBusy, Code: ui.ExitBusy, Hint: "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
+		{Is: inside.ErrNotFile, Code: ui.ExitFailed, Hint: "cp -r copies folders"},
+		{Is: errTimeout, Code: ui.ExitFailed, Hint: "--timeout gives it more time; without KVM an appliance is slow"},
+		{Is: chain.ErrNoPoint, Code: ui.ExitNotFound, Hint: "`qmchain-restore list` shows what there is"},
+		{Is: fs.ErrExist, Code: ui.ExitFailed, Hint: "nothing that is there is replaced"},
+		{Is: repo.ErrNotRepository, Code: ui.ExitNotFound, Hint: "is the share mounted?"},
+		{Is: fs.ErrNotExist, Code: ui.ExitNotFound},
+	})
 }
 
 // opened is a point with its disks open.
 type opened struct {
-	*chain.Manifest
-	set     source.Set
-	disks   []inside.Disk
-	volumes []inside.Volume
+	*points.Point
+	disks    []inside.Disk
+	volumes  []inside.Volume
+	closeAll func()
 }
 
-func (o *opened) name() string { return o.Guest.Name + "/" + string(o.ID) }
-
-// open opens a point, and finds the volumes on its disks.
+// open opens a point, those of its disks that can have files on them, and finds the volumes on these.
 func (f *volumeFlags) open(ctx context.Context, u *ui.UI, name string) (_ *opened, err error) {
-	ref, err := chain.ParseRef(name)
-	if err != nil {
-		return nil, ui.Exit(ui.ExitUsage, err)
-	}
-	set, err := source.Open(f.Repo)
+	p, err := points.Open(f.Repo, name, image.PoolOptions{})
 	if err != nil {
 		return nil, err
 	}
-	o := &opened{set: set}
+	o := &opened{Point: p, closeAll: func() {}}
 	defer func() {
 		if err != nil {
 			o.close()
 		}
 	}()
-	guest, err := set.Guest(ref.Guest)
+	var asked []string
+	if f.Disk != "" {
+		asked = []string{f.Disk}
+	}
+	names, err := p.Choose(asked)
 	if err != nil {
 		return nil, err
 	}
-	points, err := guest.Points()
+	// The state of a TPM is in no file system.
+	names = slices.DeleteFunc(names, func(disk string) bool { return f.Disk == "" && strings.HasPrefix(disk, "tpmstate") })
+	disks, closeAll, err := p.OpenDisks(names)
 	if err != nil {
 		return nil, err
 	}
-	o.Manifest, err = points.All.Resolve(ref.Point)
-	for _, p := range points.Problems {
-		// Silently taking the one before for the latest would be to show old files.
-		latest := ref.Point == "latest" && (o.Manifest == nil || p.Point > string(o.ID))
-		if p.Disk == "" && (latest || strings.HasPrefix(p.Point, ref.Point)) {
-			return nil, fmt.Errorf("%s: that is a point that can't be read: %w", name, p.Err)
-		}
+	o.closeAll = closeAll
+	for _, d := range disks {
+		o.disks = append(o.disks, inside.Disk{Name: d.Name, Image: d.Image})
 	}
-	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", ref.Guest, err)
+	for _, doubt := range p.Doubts(names) {
+		u.Log.Warn(doubt)
 	}
-	if err := f.openDisks(o, points); err != nil {
-		return nil, err
-	}
-	for _, w := range points.Warnings {
-		if w.Point == string(o.ID) && (w.Disk == "" || f.Disk == "" || w.Disk == f.Disk) {
-			u.Log.Warnf("disk %s: %v", w.Disk, w.Err)
-		}
-	}
-	o.volumes, err = inside.Find(ctx, o.disks, func(err error) { u.Log.Warnf("%s: %v", o.name(), err) })
+	o.volumes, err = inside.Find(ctx, o.disks, func(err error) { u.Log.Warnf("%s: %v", o.Name(), err) })
 	return o, err
 }
 
-// openDisks opens the disks that can have files on them.
-func (f *volumeFlags) openDisks(o *opened, points *source.Points) error {
-	pool := image.NewPool(image.PoolOptions{MaxFiles: openImages()})
-	var names []string
-	for _, d := range o.Disks {
-		names = append(names, d.Name)
-		// The state of a TPM is in no file system.
-		if f.Disk != d.Name && (f.Disk != "" || strings.HasPrefix(d.Name, "tpmstate")) {
-			continue
-		}
-		img, err := points.OpenDisk(pool, o.Manifest, d.Name)
-		if err != nil {
-			return err
-		}
-		o.disks = append(o.disks, inside.Disk{Name: d.Name, Image: img})
-	}
-	if f.Disk != "" && !slices.Contains(names, f.Disk) {
-		return fmt.Errorf("point %s has no disk %q, only %s: %w", o.name(), f.Disk, strings.Join(names, ", "), chain.ErrNoPoint)
-	}
-	return nil
-}
-
-// openImages is how many image files may be open: half of what the system allows.
-func openImages() int {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0 // the pool's default
-	}
-	return int(min(limit.Cur/2, 2048))
-}
-
 func (o *opened) close() {
-	for _, d := range o.disks {
-		_ = d.Close() // nothing was written
-	}
-	_ = o.set.Close()
+	o.closeAll()
+	_ = o.Close() // nothing was written
 }
 
 // choose returns the volume that is meant; nil: what is where is for an appliance to find out.
@@ -168,7 +111,7 @@ func (f *volumeFlags) choose(o *opened) (*inside.Volume, error) {
 	case f.Part == "" && f.LV == "" && !f.Kernel && f.Journal == "replay" && inside.Inspectable(o.volumes):
 		return nil, nil
 	}
-	return nil, fmt.Errorf("point %s: %w", o.name(), err)
+	return nil, fmt.Errorf("point %s: %w", o.Name(), err)
 }
 
 // args are the arguments of a process that goes on with the command files. The point is the caller's to name.
@@ -193,9 +136,9 @@ func (f *volumeFlags) args(common *cli.Common, more ...string) []string {
 // source is how mount(8) shows a view of the point.
 func (o *opened) source(v *inside.Volume) string {
 	if v == nil {
-		return o.name()
+		return o.Name()
 	}
-	return o.name() + ":" + v.String()
+	return o.Name() + ":" + v.String()
 }
 
 // place is where files are made visible.
@@ -229,13 +172,13 @@ func (f *volumeFlags) start(ctx context.Context, u *ui.UI, common *cli.Common, o
 	if v != nil {
 		what = fmt.Sprintf("%s (%s)", v, v.Type)
 	}
-	u.Log.Infof("%s: starting an appliance for %s", o.name(), what)
+	u.Log.Infof("%s: starting an appliance for %s", o.Name(), what)
 	view, err := inside.Appliance{
 		Volume: v, Disks: o.disks, SkipJournal: skip, Dir: at.dir, AllowOther: at.allowOther, Source: o.source(v),
 		Temp: at.temp, Env: os.Environ(), Log: u.Log,
 	}.Start(ctx)
 	if err != nil && v == nil && ctx.Err() == nil && !errors.Is(err, inside.ErrNoAppliance) {
-		return nil, ui.Hint(fmt.Errorf("point %s: %w", o.name(), inside.WithVolumes(err, o.volumes)), "--disk, --part and --lv choose one volume")
+		return nil, ui.Hint(fmt.Errorf("point %s: %w", o.Name(), inside.WithVolumes(err, o.volumes)), "--disk, --part and --lv choose one volume")
 	}
 	return view, err
 }

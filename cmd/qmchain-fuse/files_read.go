@@ -26,13 +26,13 @@ type lsCmd struct {
 	volumeFlags `embed:""`
 	Long        bool `short:"l" help:"With modes, owners (as numbers), sizes and times."`
 	JSON        bool `name:"json" help:"Print one JSON document."`
-	Path        ref  `arg:"" help:"What to list: POINT:/PATH; or POINT alone: its partitions and volumes, for which no appliance is started."`
+	Path        ref  `arg:"" complete:"file-in" help:"What to list: POINT:/PATH; or POINT alone: its partitions and volumes, for which no appliance is started."`
 }
 
 // catCmd writes files of a guest to standard output.
 type catCmd struct {
 	volumeFlags `embed:""`
-	Path        refs `arg:"" help:"The files: POINT:/PATH, all of one point."`
+	Path        refs `arg:"" complete:"file-in" help:"The files: POINT:/PATH, all of one point."`
 }
 
 // cpCmd copies files of a guest.
@@ -40,7 +40,7 @@ type cpCmd struct {
 	volumeFlags `embed:""`
 	Recursive   bool `short:"r" help:"Copy folders, with all that is in them. Symbolic links are copied as such."`
 	Preserve    bool `short:"p" help:"Keep owners, modes (with set-uid) and times. Else what is copied is yours, with modes as the umask allows."`
-	Path        refs `arg:"" help:"The files or folders: POINT:/PATH, all of one point; and last where to: a new name, or a folder that is there. Nothing is replaced."`
+	Path        refs `arg:"" complete:"copied" help:"The files or folders: POINT:/PATH, all of one point; and last where to: a new name, or a folder that is there. Nothing is replaced."`
 }
 
 // ref is POINT:/PATH, and refs are several. Kong would take what is no UTF-8 out of a string.

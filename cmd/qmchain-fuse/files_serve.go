@@ -25,7 +25,7 @@ func (f *volumeFlags) server(common *cli.Common, o *opened, at place) (*exec.Cmd
 	if !at.background {
 		args = append(args, "--foreground")
 	}
-	cmd := exec.Command("/proc/self/exe", append(args, "--", o.name(), "/")...)
+	cmd := exec.Command("/proc/self/exe", append(args, "--", o.Name(), "/")...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stderr = os.Stderr
 	return cmd, nil

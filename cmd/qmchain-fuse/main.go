@@ -2,20 +2,20 @@
 package main
 
 import (
-	"errors"
 	"os"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/conf"
+	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
 	"qmchain/internal/ui"
 )
 
 type grammar struct {
 	cli.Common
-	Mount  mountCmd  `cmd:"" help:"Mount a repository, or a directory of qmpbackup or virtnbdbackup. Returns when the mount answers."`
+	Mount  mountCmd  `cmd:"" help:"Mount a repository, a directory of qmpbackup or virtnbdbackup, or a folder of such. Returns when the mount answers."`
 	Umount umountCmd `cmd:"" help:"Unmount a repository, and wait until its server has ended."`
 	Files  filesCmd  `cmd:"" help:"Mount the files in a point's disks, read-only. Returns when they are there."`
 	Ls     lsCmd     `cmd:"" help:"List files in a point's disks, or the volumes that there are on them."`
@@ -30,12 +30,26 @@ func program() cli.Program {
 		Description: "Shows every point of every guest in a repository, or in a directory that qmpbackup or virtnbdbackup has written to: " +
 			"MNT/GUEST/POINT/DISK.raw, DISK-part1.raw for its first partition, and MNT/GUEST/latest. The images are read-only; new points " +
 			"appear by themselves.",
-		Grammar: &g,
-		Common:  &g.Common,
-		Bind:    []any{&g.Common},
-		Scope:   conf.Scope{"fuse": {"mount", "files"}},
-		Explain: explain,
+		Grammar:  &g,
+		Common:   &g.Common,
+		Bind:     []any{&g.Common},
+		Scope:    conf.Scope{"fuse": {"mount", "files"}},
+		Explain:  explain,
+		Complete: offers(),
 	}
+}
+
+// offers are what shells can offer: where cp copies to is a file of this host.
+func offers() cli.Sources {
+	sources := points.Sources()
+	in := sources["file-in"]
+	sources["copied"] = func(l *cli.Line) []cli.Offer {
+		if len(l.Args) == 0 {
+			return in(l)
+		}
+		return append(in(l), cli.OfferFiles)
+	}
+	return sources
 }
 
 func main() {
@@ -45,27 +59,15 @@ func main() {
 
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
-	for _, e := range []struct {
-		is   error
-		code int
-		hint string
-	}{
-		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted? `qmchain-backup run --repo DIR` makes a repository"},
-		{chain.ErrDamaged, ui.ExitDamaged, ""},
-		{fusefs.ErrStale, ui.ExitFailed, "`qmchain-fuse umount MNT`, or fusermount3 -uz MNT, as its owner or root clears it away"},
-		{fusefs.ErrMounted, ui.ExitBusy, ""},
-		{fusefs.ErrNested, ui.ExitFailed, "mount it elsewhere"},
-		{fusefs.ErrNoFUSE, ui.ExitFailed, "FUSE needs the kernel module fuse and the right to use /dev/fuse: root, or the package fuse3; in a container it must be allowed"},
-		{fusefs.ErrNotMounted, ui.ExitNotFound, ""},
-		{fusefs.ErrBusy, ui.ExitBusy, "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
-		{fusefs.ErrHangs, ui.ExitFailed, ""},
-	} {
-		if errors.Is(err, e.is) {
-			if e.hint != "" && ui.HintOf(err) == "" {
-				err = ui.Hint(err, e.hint)
-			}
-			return ui.Exit(e.code, err)
-		}
-	}
-	return err
+	return cli.Explain(err, []cli.Cause{
+		{Is: repo.ErrNotRepository, Code: ui.ExitNotFound, Hint: "is the share mounted? `qmchain-backup run --repo DIR` makes a repository"},
+		{Is: chain.ErrDamaged, Code: ui.ExitDamaged},
+		{Is: fusefs.ErrStale, Code: ui.ExitFailed, Hint: "`qmchain-fuse umount MNT`, or fusermount3 -uz MNT, as its owner or root clears it away"},
+		{Is: fusefs.ErrMounted, Code: ui.ExitBusy},
+		{Is: fusefs.ErrNested, Code: ui.ExitFailed, Hint: "mount it elsewhere"},
+		{Is: fusefs.ErrNoFUSE, Code: ui.ExitFailed, Hint: "FUSE needs the kernel module fuse and the right to use /dev/fuse: root, or the package fuse3; in a container it must be allowed"},
+		{Is: fusefs.ErrNotMounted, Code: ui.ExitNotFound, Hint: "`findmnt -t fuse.qmchain` shows what is mounted"},
+		{Is: fusefs.ErrBusy, Code: ui.ExitBusy, Hint: "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
+		{Is: fusefs.ErrHangs, Code: ui.ExitFailed},
+	})
 }

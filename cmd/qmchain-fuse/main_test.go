@@ -23,6 +23,7 @@ import (
 
 	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/repo/repotest"
+	"qmchain/cmd/internal/jsondoc"
 	"qmchain/fusefs/tree"
 )
 
@@ -153,7 +154,16 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	if code != want {
 		ts.Fatalf("exit code %d, want %d", code, want)
 	}
+	if slices.Contains(args, "--json") {
+		jsondoc.Load(scriptTB{ts}).Output(scriptTB{ts}, args[1]+" "+args[2], []byte(ts.ReadFile("stdout")))
+	}
 }
+
+// scriptTB is a script as a test.
+type scriptTB struct{ *testscript.TestScript }
+
+func (scriptTB) Helper()                             {}
+func (s scriptTB) Errorf(format string, args ...any) { s.Fatalf(format, args...) }
 
 func eventually(ts *testscript.TestScript, what string, ok func() bool) {
 	for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {

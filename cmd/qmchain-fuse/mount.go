@@ -19,6 +19,7 @@ import (
 	"qmchain/chain/source"
 	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/notify"
+	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
 	"qmchain/internal/ui"
 )
@@ -30,7 +31,7 @@ type mountCmd struct {
 	ReadyFD     int      `hidden:""`
 	Sloppy      bool     `hidden:""` // of mount(8), as the next one
 	Fake        bool     `hidden:""`
-	Repo        string   `arg:"" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
+	Repo        string   `arg:"" help:"The repository, a directory with backups of qmpbackup or virtnbdbackup, or a folder with several of these."`
 	Mnt         string   `arg:"" help:"The folder to mount it on."`
 }
 
@@ -90,11 +91,18 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 	if errors.Is(err, fusefs.ErrStale) {
 		return ui.Hint(err, "`qmchain-fuse umount "+mnt+"` clears it away")
 	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return ui.Exit(ui.ExitNotFound, ui.Hint(err, "`mkdir "+mnt+"` makes it"))
+	}
 	if err != nil {
 		return err
 	}
 	what := "repository"
-	if set.Kind() != source.Qmchain {
+	switch set.Kind() {
+	case source.Qmchain:
+	case source.Several:
+		what = "folder"
+	default:
 		what = fmt.Sprintf("backups of %s in", set.Kind())
 	}
 	u.Log.Infof("%s %s is mounted at %s", what, set.Dir(), mnt)
@@ -154,7 +162,7 @@ func (c *mountCmd) open() (source.Set, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	set, err := source.Open(dir)
+	set, err := points.OpenSets(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, "", ui.Exit(ui.ExitNotFound, err)
 	}

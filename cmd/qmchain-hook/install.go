@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"qmchain/cmd/internal/vms"
@@ -15,7 +16,7 @@ import (
 type installCmd struct {
 	vms.Flags
 	Storage string `default:"local" placeholder:"NAME" help:"Where the script is put for a VM that has none yet: a storage with snippets. In a cluster best a shared one."`
-	DryRun  bool   `help:"Show what would be changed, and change nothing."`
+	DryRun  bool   `short:"n" help:"Show what would be changed, and change nothing."`
 }
 
 // Help is what "install --help" says in addition.
@@ -27,7 +28,7 @@ What is done at which phase is set in the configuration file, in [hook] and [gue
 
 type removeCmd struct {
 	vms.Flags
-	DryRun bool `help:"Show what would be changed, and change nothing."`
+	DryRun bool `short:"n" help:"Show what would be changed, and change nothing."`
 }
 
 // Help is what "remove --help" says in addition.
@@ -164,13 +165,14 @@ func (c *showCmd) Run(ctx context.Context, u *ui.UI, s site, i *hooks.Installer)
 		return failure
 	}
 	err := u.Result(c.JSON, states, func(w io.Writer) error {
+		looked := slices.DeleteFunc(slices.Clone(states), func(s state) bool { return s.Error != "" })
+		if len(looked) == 0 {
+			return nil
+		}
 		if _, err := fmt.Fprintln(w, "VMID\tNAME\tOURS\tHOOKSCRIPT\tCALLS\tREMARK"); err != nil {
 			return err
 		}
-		for _, s := range states {
-			if s.Error != "" {
-				continue
-			}
+		for _, s := range looked {
 			ours := "no"
 			if s.Ours {
 				ours = "yes"

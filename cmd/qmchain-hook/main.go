@@ -54,8 +54,9 @@ func program(s site, getenv func(string) string) cli.Program {
 			s, environment(getenv),
 			hooks.NewInstaller(s.Host, s.Program),
 		},
-		Scope:   conf.Scope{"hook": {"guest", "vzdump"}},
-		Explain: explain,
+		Scope:    conf.Scope{"hook": {"guest", "vzdump"}},
+		Explain:  explain,
+		Complete: vms.Sources(s.Host),
 	}
 }
 

@@ -18,7 +18,7 @@ type guestCmd struct {
 	PostStartBackup bool          `help:"At post-start: start a backup, qmchain-backup@VMID.service."`
 	PreStopBackup   bool          `help:"At pre-stop: make a last increment. The stop waits for it."`
 	PreStopLimit    time.Duration `default:"60s" placeholder:"TIME" help:"How long the last increment may take: 5s to 1h."`
-	PostStopBackup  bool          `help:"At post-stop: start a backup of the stopped VM, qmchain-backup@VMID.service. It can't be started meanwhile."`
+	PostStopBackup  bool          `help:"At post-stop: start a backup of the stopped VM, qmchain-backup@VMID.service. It can't be started meanwhile; so there is none of a VM that HA manages."`
 }
 
 // Help is what "guest --help" says in addition.

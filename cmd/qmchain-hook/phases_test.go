@@ -232,16 +232,24 @@ func TestOthersAtWork(t *testing.T) {
 	// vzdump starts a stopped VM, paused, and stops it.
 	r.QM("set", "110", "--lock", "backup")
 	r.contains(r.qm("start", "110", "--skiplock", "1"), "VM 110 is not backed up at its start: it is locked (backup)")
-	r.contains(r.qm("stop", "110", "--skiplock", "1"), "VM 110: nothing is saved before it stops: it is locked (backup)")
+	r.contains(r.qm("stop", "110", "--skiplock", "1"), "VM 110: no last increment is made before it stops: it is locked (backup)")
 	_, _, stderr := r.call("guest", "110", "post-stop")
 	r.contains(stderr, "VM 110 is not backed up after its stop: it is locked (backup)")
 	r.QM("unlock", "110")
+
+	// HA may start it again at any moment.
+	r.AddHA(110, "ignored")
+	r.AddHA(111, "started")
+	r.addVM(111)
+	_, _, stderr = r.call("guest", "111", "post-stop")
+	r.contains(stderr, "VM 111 is not backed up after its stop: HA manages it")
+	r.call("guest", "110", "post-stop")
+	r.expectCalls(backup110)
 
 	// A VM that comes from another node.
 	r.qm("start", "110")
 	r.expectCalls(backup110)
 	r.MoveAway(110, "pve2")
-	r.addVM(111)
 	r.MoveAway(111, "pve2")
 	for _, args := range [][]string{{"guest", "111", "pre-start"}, {"guest", "110", "post-start"}} {
 		cmd := exec.Command(r.site.Program, args...)

@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/jsondoc"
 	"qmchain/hooks"
 	"qmchain/proxmox"
 	"qmchain/proxmox/pvetest"
@@ -112,6 +114,9 @@ func (r *rig) call(args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	env := cli.Env{Stdout: &out, Stderr: &errs, Getenv: func(string) string { return "" }, Config: r.config}
 	code = run(r.t.Context(), r.site, args, env)
+	if slices.Contains(args, "--json") {
+		jsondoc.Load(r.t).Output(r.t, "qmchain-hook "+args[0], out.Bytes())
+	}
 	return code, out.String(), errs.String()
 }
 

@@ -13,28 +13,29 @@ import (
 
 	"qmchain/chain"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/drill"
 	"qmchain/internal/ui"
 )
 
 type drillCmd struct {
-	pointFlags `embed:""`
-	Until      string        `default:"agent" enum:"agent,login,text" help:"What the guest must show: agent, an answer of its guest agent; login, a login prompt on the serial console; text, what --text says."`
-	Text       string        `placeholder:"TEXT" help:"The text on the serial console to wait for; implies --until text."`
-	Timeout    time.Duration `default:"5m" placeholder:"TIME" help:"How long to wait for that."`
-	Screenshot string        `placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
-	Memory     string        `placeholder:"SIZE" help:"Of the guest. Default: what its Proxmox VE configuration says, 4GiB at most; else 1GiB."`
-	CPUs       int           `name:"cpus" placeholder:"N" help:"Of the guest. Default: as many as it had, 4 at most; else 2."`
-	Machine    string        `placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35. Default: what the guest had; else pc."`
-	Accel      string        `default:"auto" enum:"auto,kvm,tcg" help:"kvm, tcg (slow, needs no hardware), or auto: kvm where it is."`
-	CPU        string        `name:"cpu" placeholder:"MODEL" help:"QEMU's CPU model. Default: the host's, or all that can be emulated."`
-	Boot       string        `placeholder:"D" help:"The disk to boot from. Default: the guest's own; else the first."`
-	Firmware   string        `placeholder:"FILE" help:"UEFI code, for a guest with efidisk0. Default: what is installed."`
-	Kernel     string        `placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
-	Initrd     string        `placeholder:"FILE" help:"Its initrd."`
-	Append     string        `placeholder:"TEXT" help:"Its command line."`
-	QEMU       string        `name:"qemu" placeholder:"PROGRAM" help:"QEMU. Default: kvm (Proxmox VE's) or qemu-system-x86_64."`
-	JSON       bool          `name:"json" help:"Print one JSON document."`
+	points.Flags `embed:""`
+	Until        string        `default:"agent" enum:"agent,login,text" help:"What the guest must show: agent, an answer of its guest agent; login, a login prompt on the serial console; text, what --text says."`
+	Text         string        `placeholder:"TEXT" help:"The text on the serial console to wait for; implies --until text."`
+	Timeout      time.Duration `default:"5m" placeholder:"TIME" help:"How long to wait for that."`
+	Screenshot   string        `placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
+	Memory       string        `placeholder:"SIZE" help:"Of the guest. Default: what its Proxmox VE configuration says, 4GiB at most; else 1GiB."`
+	CPUs         int           `name:"cpus" placeholder:"N" help:"Of the guest. Default: as many as it had, 4 at most; else 2."`
+	Machine      string        `placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35. Default: what the guest had; else pc."`
+	Accel        string        `default:"auto" enum:"auto,kvm,tcg" help:"kvm, tcg (slow, needs no hardware), or auto: kvm where it is."`
+	CPU          string        `name:"cpu" placeholder:"MODEL" help:"QEMU's CPU model. Default: the host's, or all that can be emulated."`
+	Boot         string        `placeholder:"D" help:"The disk to boot from. Default: the guest's own; else the first."`
+	Firmware     string        `placeholder:"FILE" help:"UEFI code, for a guest with efidisk0. Default: what is installed."`
+	Kernel       string        `placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
+	Initrd       string        `placeholder:"FILE" help:"Its initrd."`
+	Append       string        `placeholder:"TEXT" help:"Its command line."`
+	QEMU         string        `name:"qemu" placeholder:"PROGRAM" help:"QEMU. Default: kvm (Proxmox VE's) or qemu-system-x86_64."`
+	JSON         bool          `name:"json" help:"Print one JSON document."`
 }
 
 // drilled is the output of drill --json.
@@ -73,7 +74,7 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if err != nil {
 		return err
 	}
-	names, err := p.choose(c.Disk)
+	names, err := p.Choose(c.Disk)
 	if err != nil {
 		return err
 	}
@@ -81,7 +82,7 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if names, err = bootOrder(u, had.order(names), c.Boot); err != nil {
 		return err
 	}
-	disks, closeAll, err := p.openDisks(names)
+	disks, closeAll, err := p.OpenDisks(names)
 	if err != nil {
 		return err
 	}
@@ -94,7 +95,7 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 		QEMU: c.QEMU, QemuImg: "qemu-img", Log: u.Log, Now: time.Now,
 	}
 	for _, d := range disks {
-		cfg.Disks = append(cfg.Disks, drill.Disk{Name: d.name, Image: d})
+		cfg.Disks = append(cfg.Disks, drill.Disk{Name: d.Name, Image: d})
 	}
 	if cfg.Firmware == "" && slices.ContainsFunc(names, isEFI) {
 		if cfg.Firmware, err = drill.FindFirmware(); err != nil {
@@ -107,20 +108,21 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if cfg.QEMU == "" {
 		cfg.QEMU = drill.FindQEMU()
 	}
-	u.Log.Infof("starting %s in a guest of its own, without a network (%s)", p.name(), cfg.Accel)
+	u.Log.Infof("starting %s in a guest of its own, without a network (%s)", p.Name(), cfg.Accel)
 	result, err := drill.Run(ctx, cfg)
 	if err != nil {
-		return fmt.Errorf("%s: %w", p.name(), err)
+		return fmt.Errorf("%s: %w", p.Name(), err)
 	}
+	noteDrilled(ctx, u, p, result)
 	out := drilled{p.Guest.Name, p.ID, result.Passed, result.Why, result.Took.Seconds(), result.Console}
 	err = u.Result(c.JSON, out, func(w io.Writer) error {
-		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.name(), map[bool]string{true: "passed", false: "FAILED"}[out.Passed], result.Took.Round(100*time.Millisecond), out.Why)
+		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.Name(), map[bool]string{true: "passed", false: "FAILED"}[out.Passed], result.Took.Round(100*time.Millisecond), out.Why)
 		return err
 	})
 	if err != nil || result.Passed {
 		return err
 	}
-	return ui.Exit(ui.ExitFailed, fmt.Errorf("%s does not boot as it should: %s", p.name(), result.Why))
+	return ui.Exit(ui.ExitFailed, fmt.Errorf("%s does not boot as it should: %s", p.Name(), result.Why))
 }
 
 func isEFI(disk string) bool { return strings.HasPrefix(disk, "efidisk") }

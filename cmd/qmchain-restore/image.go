@@ -14,12 +14,13 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
 
 type imageCmd struct {
-	pointFlags   `embed:""`
+	points.Flags `embed:""`
 	Output       string        `required:"" short:"o" placeholder:"PATH" help:"A file, a block device, or a folder that is there: each disk becomes DISK.raw or DISK.qcow2 in it."`
 	Format       export.Format `enum:"raw,qcow2" default:"raw" help:"raw or qcow2."`
 	Compress     bool          `help:"Compress the data, with --format qcow2."`
@@ -27,7 +28,7 @@ type imageCmd struct {
 	Verify       bool          `help:"When all is written, read it from the disk again and compare."`
 	Jobs         int           `default:"0" placeholder:"N" help:"How many pieces to read and write at a time. 0: what fits the machine."`
 	NoSpaceCheck bool          `help:"Begin even if the space may not do."`
-	DryRun       bool          `help:"Print what would be done, and do nothing."`
+	DryRun       bool          `short:"n" help:"Print what would be done, and do nothing."`
 	JSON         bool          `name:"json" help:"Print one JSON document."`
 }
 
@@ -59,8 +60,8 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if err != nil {
 		return err
 	}
-	defer p.close()
-	names, err := p.choose(c.Disk)
+	defer p.Close()
+	names, err := p.Choose(c.Disk)
 	if err != nil {
 		return err
 	}
@@ -68,7 +69,7 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	if err != nil {
 		return err
 	}
-	disks, closeAll, err := p.openDisks(names)
+	disks, closeAll, err := p.OpenDisks(names)
 	if err != nil {
 		return err
 	}
@@ -76,10 +77,10 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	var plans []*export.Plan
 	for i, d := range disks {
 		plan, err := export.Look(ctx, d, outputs[i], export.Options{
-			Format: c.Format, Compress: c.Compress, Force: c.Force, Jobs: c.Jobs, Outside: p.set.Dir(), FS: fsys,
+			Format: c.Format, Compress: c.Compress, Force: c.Force, Jobs: c.Jobs, Outside: p.Set.Dir(), FS: fsys,
 		})
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", d.name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		plans = append(plans, plan)
 	}
@@ -95,7 +96,7 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 			u.Log.Infof("%s is larger than disk %s: its last %s stay as they are", plan.Output, names[i], humanize.IBytes(uint64(plan.Room-plan.Size)))
 		}
 	}
-	doubts := p.doubts(names)
+	doubts := p.Doubts(names)
 	for _, d := range doubts {
 		u.Log.Warn(d)
 	}
@@ -199,7 +200,7 @@ func (c *imageCmd) write(ctx context.Context, u *ui.UI, plans []*export.Plan, di
 }
 
 func printPlan(w io.Writer, disks []restoredDisk) error {
-	fmt.Fprintln(w, "DISK\tSIZE\tDATA\tFORMAT\tOUTPUT\tREMARK")
+	fmt.Fprintln(w, "DISK\tSIZE\tDATA\tFORMAT\tREMARK\tOUTPUT")
 	for _, d := range disks {
 		remark := ""
 		switch {
@@ -208,7 +209,7 @@ func printPlan(w io.Writer, disks []restoredDisk) error {
 		case d.Replaces:
 			remark = "replaces a file"
 		}
-		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", d.Name, humanize.IBytes(uint64(d.Size)), humanize.IBytes(uint64(d.Data)), d.Format, d.Output, remark)
+		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", d.Name, humanize.IBytes(uint64(d.Size)), humanize.IBytes(uint64(d.Data)), d.Format, remark, d.Output)
 		if err != nil {
 			return err
 		}

@@ -10,7 +10,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/importer"
 	"qmchain/chain/repo"
-	"qmchain/chain/source"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -22,7 +22,7 @@ type importCmd struct {
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for those who make or remove points of the guest."`
 	JSON     bool          `name:"json" help:"Print one JSON document."`
 	Set      string        `arg:"" placeholder:"FOREIGN-DIR" help:"The directory that qmpbackup or virtnbdbackup wrote its backups to."`
-	Point    []string      `arg:"" optional:"" help:"Only these points, by id, or the beginning of one."`
+	Point    []string      `arg:"" optional:"" complete:"none" help:"Only these points, by id, or the beginning of one."`
 }
 
 // importedPoint is one point in the output of import --json.
@@ -40,7 +40,7 @@ func (c *importCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 			return ui.Exit(ui.ExitUsage, fmt.Errorf("--name: %w", err))
 		}
 	}
-	set, err := source.Open(c.Set)
+	set, err := points.OpenSet(c.Set)
 	if err != nil {
 		return err
 	}

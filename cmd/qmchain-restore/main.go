@@ -2,9 +2,9 @@
 package main
 
 import (
-	"errors"
 	"io/fs"
 	"os"
+	"slices"
 
 	"qmchain/chain"
 	"qmchain/chain/export"
@@ -19,6 +19,8 @@ import (
 	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/conf"
 	"qmchain/cmd/internal/listing"
+	"qmchain/cmd/internal/points"
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 	"qmchain/internal/vmrestore"
@@ -33,6 +35,7 @@ type grammar struct {
 	VM     vmCmd           `cmd:"" name:"vm" help:"Make a Proxmox VE VM of a point: its configuration, its firewall rules and its disks."`
 	NBD    nbdCmd          `cmd:"" name:"nbd" help:"Serve a point's disks, read-only, by NBD, until a signal comes."`
 	Drill  drillCmd        `cmd:"" help:"Start a point in a throw-away guest without a network, and see whether it boots."`
+	Report reportCmd       `cmd:"" help:"Say how all backups are: the last of each guest, its size, when it was verified and drilled; as a table or a page."`
 
 	Send    sendCmd    `cmd:"" help:"Write points to standard output, for receive in another repository."`
 	Receive receiveCmd `cmd:"" help:"Make points of what send has written, from standard input."`
@@ -52,8 +55,9 @@ func program(fsys durable.FS, host proxmox.Host) cli.Program {
 		Grammar:     &g,
 		Common:      &g.Common,
 		Bind:        []any{fsys, host, pipes{os.Stdin, os.Stdout}},
-		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill"}},
+		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill", "report"}},
 		Explain:     explain,
+		Complete:    points.Sources(),
 	}
 }
 
@@ -61,60 +65,46 @@ func main() { cli.Main(program(durable.FS{}, proxmox.Local())) }
 
 // explain gives an error its exit code and, where there is one, the next step.
 func explain(err error) error {
-	for _, e := range []struct {
-		is   error
-		code int
-		hint string
-	}{
-		{vmrestore.ErrLeft, ui.ExitNeedsDoctor, ""},
-		{vmrestore.ErrWhole, ui.ExitPartly, ""},
-		{vmrestore.ErrStorage, ui.ExitFailed, "--storage STORAGE says where all disks go, --storage DISK=STORAGE where one does"},
-		{vmrestore.ErrCannot, ui.ExitFailed, ""},
-		{proxmox.ErrTaken, ui.ExitFailed, "--vmid N chooses another VMID; --force replaces a VM that is stopped"},
-		{proxmox.ErrLocked, ui.ExitBusy, "wait for what holds the lock; `qm unlock VMID` takes away one that was left behind"},
-		{proxmox.ErrBusy, ui.ExitBusy, ""},
-		{proxmox.ErrChanged, ui.ExitBusy, "nothing was changed: try again"},
-		{proxmox.ErrElsewhere, ui.ExitNotFound, "run it on that node"},
-		{proxmox.ErrNotFound, ui.ExitNotFound, ""},
-		{proxmox.ErrNoHost, ui.ExitNotFound, "this is for Proxmox VE nodes; `qmchain-restore image` restores disks anywhere"},
-		{standard.ErrUnfinished, ui.ExitNeedsDoctor, "run the same again when the cause is mended: it goes on"},
-		{standard.ErrForeign, ui.ExitUsage, "--output makes a copy"},
-		{standard.ErrBusy, ui.ExitBusy, ""},
-		{standard.ErrExists, ui.ExitFailed, "choose another folder, or empty it"},
-		{standard.ErrInside, ui.ExitFailed, "choose a folder outside"},
-		{standard.ErrNoSpace, ui.ExitFailed, ""},
-		{standard.ErrCannot, ui.ExitFailed, "--output leaves the backups as they are"},
-		{stream.ErrUnsettled, ui.ExitNeedsDoctor, "`qmchain-backup prune --keep-all` on the repository that says so ends it"},
-		{stream.ErrOtherPoint, ui.ExitFailed, "nothing that is there is replaced: receive into another repository"},
-		{repo.ErrOtherGuest, ui.ExitFailed, ""},
-		{importer.ErrNotForeign, ui.ExitUsage, "`qmchain-restore send` and `receive` take points from one repository to another"},
-		{importer.ErrDiffers, ui.ExitDamaged, "the set is as it was: look at the storage of the repository and the memory"},
-		{repo.ErrLocked, ui.ExitBusy, "wait for it to end, or give --lock-wait more time"},
-		{export.ErrUnfinished, ui.ExitNeedsDoctor, "run it again when the cause is mended: it begins anew"},
-		{export.ErrDiffers, ui.ExitDamaged, "the backup is as it was: look at what it was restored to, the storage and the memory"},
-		{export.ErrExists, ui.ExitFailed, "--force writes over it; an existing file stays until the new one is whole"},
-		{export.ErrInUse, ui.ExitBusy, ""},
-		{export.ErrNoSpace, ui.ExitFailed, "where much of the data is zeroes, less will do: --no-space-check goes on regardless"},
-		{export.ErrTooSmall, ui.ExitFailed, ""},
-		{export.ErrInside, ui.ExitFailed, "choose a folder outside of the repository"},
-		{export.ErrKind, ui.ExitFailed, ""},
-		{nbd.ErrAddress, ui.ExitUsage, ""},
-		{nbd.ErrAddressInUse, ui.ExitBusy, ""},
-		{repo.ErrNotRepository, ui.ExitNotFound, "is the share mounted?"},
-		{chain.ErrNoPoint, ui.ExitNotFound, "`qmchain-restore list` shows what there is"},
-		{chain.ErrDamaged, ui.ExitDamaged, ""},
+	return cli.Explain(err, slices.Concat([]cli.Cause{
+		{Is: vmrestore.ErrLeft, Code: ui.ExitNeedsDoctor},
+		{Is: vmrestore.ErrWhole, Code: ui.ExitPartly},
+		{Is: vmrestore.ErrStorage, Code: ui.ExitFailed, Hint: "--storage STORAGE says where all disks go, --storage DISK=STORAGE where one does"},
+		{Is: vmrestore.ErrCannot, Code: ui.ExitFailed},
+		{Is: proxmox.ErrTaken, Code: ui.ExitFailed, Hint: "--vmid N chooses another VMID; --force replaces a VM that is stopped"},
+		{Is: proxmox.ErrChanged, Code: ui.ExitBusy, Hint: "nothing was changed: try again"},
+		{Is: proxmox.ErrHung, Code: ui.ExitFailed, Hint: "`systemctl status pve-cluster` tells more"},
+		{Is: proxmox.ErrNoHost, Code: ui.ExitNotFound, Hint: "this is for Proxmox VE nodes; `qmchain-restore image` restores disks anywhere"},
+	}, vms.Causes(), []cli.Cause{
+		{Is: standard.ErrUnfinished, Code: ui.ExitNeedsDoctor, Hint: "run the same again when the cause is mended: it goes on"},
+		{Is: standard.ErrForeign, Code: ui.ExitUsage, Hint: "--output makes a copy"},
+		{Is: standard.ErrBusy, Code: ui.ExitBusy},
+		{Is: standard.ErrExists, Code: ui.ExitFailed, Hint: "choose another folder, or empty it"},
+		{Is: standard.ErrInside, Code: ui.ExitFailed, Hint: "choose a folder outside"},
+		{Is: standard.ErrNoSpace, Code: ui.ExitFailed},
+		{Is: standard.ErrCannot, Code: ui.ExitFailed, Hint: "--output leaves the backups as they are"},
+		{Is: stream.ErrUnsettled, Code: ui.ExitNeedsDoctor, Hint: "`qmchain-backup prune --keep-all` on the repository that says so ends it"},
+		{Is: stream.ErrOtherPoint, Code: ui.ExitFailed, Hint: "nothing that is there is replaced: receive into another repository"},
+		{Is: repo.ErrOtherGuest, Code: ui.ExitFailed},
+		{Is: importer.ErrNotForeign, Code: ui.ExitUsage, Hint: "`qmchain-restore send` and `receive` take points from one repository to another"},
+		{Is: importer.ErrDiffers, Code: ui.ExitDamaged, Hint: "the set is as it was: look at the storage of the repository and the memory"},
+		{Is: repo.ErrLocked, Code: ui.ExitBusy, Hint: "wait for it to end, or give --lock-wait more time"},
+		{Is: export.ErrUnfinished, Code: ui.ExitNeedsDoctor, Hint: "run it again when the cause is mended: it begins anew"},
+		{Is: export.ErrDiffers, Code: ui.ExitDamaged, Hint: "the backup is as it was: look at what it was restored to, the storage and the memory"},
+		{Is: export.ErrExists, Code: ui.ExitFailed, Hint: "--force writes over it; an existing file stays until the new one is whole"},
+		{Is: export.ErrInUse, Code: ui.ExitBusy},
+		{Is: export.ErrNoSpace, Code: ui.ExitFailed, Hint: "where much of the data is zeroes, less will do: --no-space-check goes on regardless"},
+		{Is: export.ErrTooSmall, Code: ui.ExitFailed},
+		{Is: export.ErrInside, Code: ui.ExitFailed, Hint: "choose a folder outside of the repository"},
+		{Is: export.ErrKind, Code: ui.ExitFailed},
+		{Is: nbd.ErrAddress, Code: ui.ExitUsage},
+		{Is: nbd.ErrAddressInUse, Code: ui.ExitBusy},
+		{Is: repo.ErrNotRepository, Code: ui.ExitNotFound, Hint: "is the share mounted?"},
+		{Is: chain.ErrNoPoint, Code: ui.ExitNotFound, Hint: "`qmchain-restore list` shows what there is"},
+		{Is: chain.ErrDamaged, Code: ui.ExitDamaged},
 		// What is found only when an image is read.
-		{image.ErrChanged, ui.ExitDamaged, ""},
-		{qcow2.ErrCorrupt, ui.ExitDamaged, ""},
-		{virtnbd.ErrCorrupt, ui.ExitDamaged, ""},
-		{fs.ErrNotExist, ui.ExitNotFound, ""},
-	} {
-		if errors.Is(err, e.is) {
-			if e.hint != "" && ui.HintOf(err) == "" {
-				err = ui.Hint(err, e.hint)
-			}
-			return ui.Exit(e.code, err)
-		}
-	}
-	return err
+		{Is: image.ErrChanged, Code: ui.ExitDamaged},
+		{Is: qcow2.ErrCorrupt, Code: ui.ExitDamaged},
+		{Is: virtnbd.ErrCorrupt, Code: ui.ExitDamaged},
+		{Is: fs.ErrNotExist, Code: ui.ExitNotFound},
+	}))
 }

@@ -25,6 +25,7 @@ import (
 	"qmchain/chain/image/imagetest"
 	"qmchain/chain/repo/repotest"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/jsondoc"
 	"qmchain/internal/durable"
 	"qmchain/internal/testenv"
 )
@@ -71,6 +72,7 @@ func signaller(when string) durable.FS {
 //	$KERNEL, $INITRD        a Linux guest
 //	mkloop FILE SIZE        make FILE of zeroes, and the block device $LOOP of it
 //	mktmpfs DIR SIZE        mount a file system of so many bytes
+//	readonly DIR            make DIR a mount of itself that can't be written to
 //	flip FILE FROM          invert all bytes of a file from there on
 //	waitfor FILE            wait until there is such a file
 func TestScripts(t *testing.T) {
@@ -98,6 +100,7 @@ func TestScripts(t *testing.T) {
 			"unchanged": unchanged,
 			"mkloop":    mkloop,
 			"mktmpfs":   mktmpfs,
+			"readonly":  readonly,
 			"flip":      flip,
 			"waitfor":   waitFor,
 		},
@@ -162,7 +165,16 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	if code != want {
 		ts.Fatalf("exit code %d, want %d", code, want)
 	}
+	if slices.Contains(args, "--json") {
+		jsondoc.Load(scriptTB{ts}).Output(scriptTB{ts}, args[1]+" "+args[2], []byte(ts.ReadFile("stdout")))
+	}
 }
+
+// scriptTB is a script as a test.
+type scriptTB struct{ *testscript.TestScript }
+
+func (scriptTB) Helper()                             {}
+func (s scriptTB) Errorf(format string, args ...any) { s.Fatalf(format, args...) }
 
 // tree lists all that is in the script's folder.
 func tree(ts *testscript.TestScript) string {
@@ -170,6 +182,9 @@ func tree(ts *testscript.TestScript) string {
 	ts.Check(filepath.WalkDir(ts.Getenv("WORK"), func(path string, d os.DirEntry, err error) error {
 		if err != nil {
 			return err
+		}
+		if strings.HasPrefix(d.Name(), ".checked.") {
+			return nil // what was found is recorded beside the points
 		}
 		info, err := d.Info()
 		if err != nil {
@@ -221,6 +236,13 @@ func mktmpfs(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.MkdirAll(dir, 0o700))
 	ts.Check(unix.Mount("qmchain-test", dir, "tmpfs", 0, "size="+args[1]))
 	ts.Defer(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+}
+
+func readonly(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	ts.Check(unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	ts.Defer(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	ts.Check(unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 }
 
 func flip(ts *testscript.TestScript, _ bool, args []string) {

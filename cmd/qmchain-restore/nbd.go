@@ -10,13 +10,14 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/nbd"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/ui"
 )
 
 type nbdCmd struct {
-	pointFlags `embed:""`
-	Socket     string `required:"" placeholder:"ADDR" help:"Where to listen: unix:PATH or tcp:HOST:PORT. Who can connect can read the disks."`
-	JSON       bool   `name:"json" help:"Print one JSON document."`
+	points.Flags `embed:""`
+	Socket       string `required:"" placeholder:"ADDR" help:"Where to listen: unix:PATH or tcp:HOST:PORT. Who can connect can read the disks."`
+	JSON         bool   `name:"json" help:"Print one JSON document."`
 }
 
 // serving is the output of nbd --json.
@@ -37,18 +38,18 @@ func (c *nbdCmd) Run(ctx context.Context, u *ui.UI) error {
 	if err != nil {
 		return err
 	}
-	defer p.close()
-	names, err := p.choose(c.Disk)
+	defer p.Close()
+	names, err := p.Choose(c.Disk)
 	if err != nil {
 		return err
 	}
-	disks, closeAll, err := p.openDisks(names)
+	disks, closeAll, err := p.OpenDisks(names)
 	if err != nil {
 		return err
 	}
 	defer closeAll()
 
-	for _, d := range p.doubts(names) {
+	for _, d := range p.Doubts(names) {
 		u.Log.Warn(d)
 	}
 	l, err := nbd.Listen(ctx, absolute(c.Socket))
@@ -61,8 +62,8 @@ func (c *nbdCmd) Run(ctx context.Context, u *ui.UI) error {
 	server := nbd.Server{Problem: func(err error) { u.Log.Warn(err) }}
 	out := serving{Guest: p.Guest.Name, ID: p.ID}
 	for _, d := range disks {
-		server.Exports = append(server.Exports, nbd.Export{Name: d.name, Description: p.name(), Image: d})
-		out.Exports = append(out.Exports, servedDisk{d.name, nbd.URI(l.Addr(), d.name), d.Size()})
+		server.Exports = append(server.Exports, nbd.Export{Name: d.Name, Description: p.Name(), Image: d})
+		out.Exports = append(out.Exports, servedDisk{d.Name, nbd.URI(l.Addr(), d.Name), d.Size()})
 	}
 	err = u.Result(c.JSON, out, func(w io.Writer) error {
 		for _, e := range out.Exports {
@@ -75,7 +76,7 @@ func (c *nbdCmd) Run(ctx context.Context, u *ui.UI) error {
 	if err != nil {
 		return err
 	}
-	u.Log.Infof("serving %s", p.name())
+	u.Log.Infof("serving %s", p.Name())
 	return server.Serve(ctx, l)
 }
 

@@ -28,7 +28,7 @@ type savedVM struct {
 
 // savedVM reads the configuration that was saved in the point. Without one the error wraps chain.ErrNoPoint.
 func (p *point) savedVM() (*savedVM, error) {
-	names, err := p.from.Files(p.Manifest)
+	names, err := p.From.Files(p.Manifest)
 	if err != nil {
 		return nil, err
 	}
@@ -41,9 +41,9 @@ func (p *point) savedVM() (*savedVM, error) {
 	}
 	switch {
 	case len(found) == 0:
-		return nil, fmt.Errorf("%s holds no configuration of a Proxmox VE VM: %w", p.name(), chain.ErrNoPoint)
+		return nil, fmt.Errorf("%s holds no configuration of a Proxmox VE VM: %w", p.Name(), chain.ErrNoPoint)
 	case len(found) > 1:
-		return nil, fmt.Errorf("%s holds the configurations of %d VMs: %w", p.name(), len(found), chain.ErrDamaged)
+		return nil, fmt.Errorf("%s holds the configurations of %d VMs: %w", p.Name(), len(found), chain.ErrDamaged)
 	}
 	vmid := found[0]
 	text, err := p.readFile(vmid.String() + ".conf")
@@ -67,9 +67,9 @@ func (p *point) savedVM() (*savedVM, error) {
 }
 
 func (p *point) readFile(name string) ([]byte, error) {
-	text, err := readBounded(filepath.Join(p.from.Folder(p.Manifest), repo.GuestFilesFolder, name))
+	text, err := readBounded(filepath.Join(p.From.Folder(p.Manifest), repo.GuestFilesFolder, name))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", p.name(), err)
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
 	return text, nil
 }

@@ -16,6 +16,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/chain/stream"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -51,13 +52,13 @@ func (c *sendCmd) Run(ctx context.Context, u *ui.UI, p pipes) error {
 	if err != nil {
 		return fmt.Errorf("--have: %w", err)
 	}
-	r, err := repo.Open(c.Repo, durable.FS{})
+	r, err := points.OpenRepo(c.Repo, durable.FS{})
 	if err != nil {
 		return err
 	}
 	s, err := stream.Prepare(ctx, r, wants, have, c.LockWait)
 	if err != nil {
-		return err
+		return meantWants(err, r, wants)
 	}
 	defer s.Close()
 	total := s.Bytes()
@@ -95,7 +96,7 @@ func (c *sendCmd) wants() (wants []stream.Want, err error) {
 		return &wants[i]
 	}
 	for _, s := range c.Point {
-		ref, err := chain.ParseRef(s)
+		ref, err := points.Parse(s)
 		if err != nil {
 			return nil, err
 		}
@@ -109,6 +110,20 @@ func (c *sendCmd) wants() (wants []stream.Want, err error) {
 		of(guest).All = true
 	}
 	return wants, nil
+}
+
+// meantWants gives an error about a guest that is not there the name that may have been meant.
+func meantWants(err error, r *repo.Repo, wants []stream.Want) error {
+	all, listErr := r.Guests()
+	if listErr != nil {
+		return err
+	}
+	for _, w := range wants {
+		if !slices.Contains(all, w.Guest) {
+			return points.MeantGuest(err, w.Guest, func() ([]string, error) { return all, nil })
+		}
+	}
+	return err
 }
 
 func (c *sendCmd) have(stdin io.Reader) (*stream.Have, error) {

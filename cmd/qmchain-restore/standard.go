@@ -10,9 +10,9 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"qmchain/chain"
-	"qmchain/chain/source"
 	"qmchain/chain/standard"
 	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
 )
@@ -21,12 +21,12 @@ import (
 type standardFlags struct {
 	Repo      string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
 	Disk      []string      `placeholder:"D" help:"Only this disk. Can be given several times."`
-	Until     string        `placeholder:"POINT" help:"The point up to which. Default: the newest, copies aside."`
+	Until     string        `placeholder:"POINT" complete:"id" help:"The point up to which. Default: the newest, copies aside."`
 	Output    string        `short:"o" xor:"where" placeholder:"DIR" help:"Write to this folder, which must be empty or is made."`
 	InPlace   bool          `xor:"where" help:"Change the backups of qmpbackup themselves."`
 	RateLimit string        `placeholder:"SIZE" help:"Read, or merge, at most so many bytes per second, such as 50MiB."`
 	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for who removes points of the guest."`
-	DryRun    bool          `help:"Print what would be done, and do nothing."`
+	DryRun    bool          `short:"n" help:"Print what would be done, and do nothing."`
 	JSON      bool          `name:"json" help:"Print one JSON document."`
 	Guest     string        `arg:"" help:"The guest."`
 }
@@ -70,13 +70,19 @@ func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, comm
 		return ui.Exit(ui.ExitUsage, errors.New("--output DIR or --in-place says where the result goes"))
 	}
 	if err := chain.CheckGuestName(c.Guest); err != nil {
+		if ref, refErr := chain.ParseRef(c.Guest); refErr == nil {
+			err = ui.Hint(fmt.Errorf("%s is a point, and a guest is asked for", c.Guest), fmt.Sprintf("`qmchain-restore %s %s --until %s` is all up to it", command, ref.Guest, ref.Point))
+		}
 		return ui.Exit(ui.ExitUsage, err)
 	}
-	set, err := source.Open(c.Repo)
+	set, err := points.OpenSet(c.Repo)
 	if err != nil {
 		return err
 	}
 	defer set.Close()
+	if _, err := points.Of(set, c.Guest); err != nil {
+		return err
+	}
 	var bars ui.Progress
 	job, err := standard.Open(ctx, standard.Request{
 		Command: command, Set: set, Guest: c.Guest, Until: c.Until, Disks: c.Disk, Output: c.Output,
@@ -118,13 +124,13 @@ func printStandard(w io.Writer, p *standard.Plan, dryRun bool) error {
 		_, err := fmt.Fprintln(w, "nothing is to be done")
 		return err
 	}
-	fmt.Fprintln(w, "ACTION\tDISK\tFILE\tFROM, OR WHAT IT SAYS\tBYTES")
+	fmt.Fprintln(w, "ACTION\tDISK\tBYTES\tFILE\tFROM, OR WHAT IT SAYS")
 	for _, s := range p.Steps {
 		bytes := ""
 		if s.Bytes > 0 {
 			bytes = humanize.IBytes(uint64(s.Bytes))
 		}
-		if _, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.Action, s.Disk, s.File, s.From, bytes); err != nil {
+		if _, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.Action, s.Disk, bytes, s.File, s.From); err != nil {
 			return err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/source"
 	"qmchain/chain/verify"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/ui"
 )
 
@@ -41,7 +42,7 @@ func (c *verifyCmd) Run(ctx context.Context, u *ui.UI) error {
 	if c.Jobs < 0 {
 		return ui.Exit(ui.ExitUsage, errors.New("--jobs can't be negative"))
 	}
-	set, err := source.Open(c.Repo)
+	set, err := points.OpenSet(c.Repo)
 	if err != nil {
 		return err
 	}
@@ -98,9 +99,9 @@ func (c *verifyCmd) guests(set source.Set) ([]asked, error) {
 	for _, what := range c.What {
 		guest, point, isPoint := strings.Cut(what, "/")
 		if isPoint {
-			ref, err := chain.ParseRef(what)
+			ref, err := points.Parse(what)
 			if err != nil {
-				return nil, ui.Exit(ui.ExitUsage, err)
+				return nil, err
 			}
 			guest, point = ref.Guest, ref.Point
 		} else if err := chain.CheckGuestName(guest); err != nil {
@@ -134,6 +135,9 @@ func (c *verifyCmd) verify(ctx context.Context, u *ui.UI, check verify.Checker, 
 		if err == nil && len(c.What) > 0 && len(g.Points)+len(g.Findings) == 0 {
 			err = fmt.Errorf("guest %s has no point: %w", a.guest, chain.ErrNoPoint)
 		}
+		if err != nil {
+			err = points.MeantGuest(err, a.guest, check.Set.Guests)
+		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -146,6 +150,7 @@ func (c *verifyCmd) verify(ctx context.Context, u *ui.UI, check verify.Checker, 
 		}
 		out.Guests = append(out.Guests, g)
 		out.State = verify.Worse(out.State, g.State)
+		noteVerified(ctx, u, check, g)
 	}
 	return failed
 }

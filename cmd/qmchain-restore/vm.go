@@ -14,6 +14,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
+	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
@@ -22,17 +23,17 @@ import (
 )
 
 type vmCmd struct {
-	pointFlags `embed:""`
-	VMID       *proxmox.VMID `name:"vmid" placeholder:"N" help:"Of the new VM. Default: the one that it had."`
-	Storage    []string      `placeholder:"[D=]S" help:"The storage for all disks, or with D= for one. Default: that which each was on. Can be given several times."`
-	Unique     bool          `help:"New MAC addresses and a new UUID, for a copy beside the VM."`
-	Start      bool          `help:"Start the VM when all is there."`
-	Live       bool          `help:"Start the VM at once and move its data while it runs; returns when that is done. Needs Proxmox VE 8.2. What the guest writes is lost if it fails before."`
-	Force      bool          `help:"Replace a VM of that VMID, which must be stopped and have no snapshots. It stays whole until the new disks are there, so both need space."`
-	Config     string        `placeholder:"FILE" help:"Take the VM's configuration from FILE in place of the point: of backups that hold none. Its disks must have the names of the point's."`
-	Staging    string        `placeholder:"DIR" help:"Write the disks to DIR first and import them from there, in place of a mount."`
-	DryRun     bool          `help:"Print the commands of qm, and do nothing."`
-	JSON       bool          `name:"json" help:"Print one JSON document."`
+	points.Flags `embed:""`
+	VMID         *proxmox.VMID `name:"vmid" placeholder:"N" help:"Of the new VM. Default: the one that it had."`
+	Storage      []string      `placeholder:"[D=]S" help:"The storage for all disks, or with D= for one. Default: that which each was on. Can be given several times."`
+	Unique       bool          `help:"New MAC addresses and a new UUID, for a copy beside the VM."`
+	Start        bool          `help:"Start the VM when all is there."`
+	Live         bool          `help:"Start the VM at once and move its data while it runs; returns when that is done. Needs Proxmox VE 8.2. What the guest writes is lost if it fails before."`
+	Force        bool          `help:"Replace a VM of that VMID, which must be stopped and have no snapshots. It stays whole until the new disks are there, so both need space."`
+	Config       string        `placeholder:"FILE" help:"Take the VM's configuration from FILE in place of the point: of backups that hold none. Its disks must have the names of the point's."`
+	Staging      string        `placeholder:"DIR" help:"Write the disks to DIR first and import them from there, in place of a mount."`
+	DryRun       bool          `short:"n" help:"Print the commands of qm, and do nothing."`
+	JSON         bool          `name:"json" help:"Print one JSON document."`
 }
 
 // restoredVM is the output of vm --json.
@@ -61,8 +62,8 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 	if err != nil {
 		return err
 	}
-	defer p.close()
-	names, err := p.choose(c.Disk)
+	defer p.Close()
+	names, err := p.Choose(c.Disk)
 	if err != nil {
 		return err
 	}
@@ -94,7 +95,7 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 		return err
 	}
 	// Open from now to the end, they can't be removed.
-	disks, closeAll, err := p.openDisks(names)
+	disks, closeAll, err := p.OpenDisks(names)
 	if err != nil {
 		return err
 	}
@@ -117,12 +118,12 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 		return err
 	}
 	plan, err := vmrestore.NewPlan(vmrestore.Point{
-		Name: p.name(), Config: vm.config, Firewall: vm.firewall, Disks: slices.Sorted(maps.Keys(sizes)), Files: files,
+		Name: p.Name(), Config: vm.config, Firewall: vm.firewall, Disks: slices.Sorted(maps.Keys(sizes)), Files: files,
 	}, o, site)
 	if err != nil {
 		return err
 	}
-	for _, d := range p.doubts(names) {
+	for _, d := range p.Doubts(names) {
 		plan.Notes = append(plan.Notes, vmrestore.Note{Text: d.Error(), Loss: true})
 	}
 	for _, n := range plan.Notes {
@@ -243,17 +244,17 @@ func newUUID() string {
 }
 
 // checkDisguises refuses disks that PVE would take for something else.
-func (c *vmCmd) checkDisguises(disks []openDisk) error {
+func (c *vmCmd) checkDisguises(disks []points.Disk) error {
 	if c.Staging != "" {
 		return nil // qcow2 files are what they are
 	}
 	for _, d := range disks {
 		format, err := vmrestore.Disguise(d)
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", d.name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		if format != "" {
-			return ui.Hint(fmt.Errorf("disk %s begins as a %s image does, and Proxmox VE would take it for one: %w", d.name, format, vmrestore.ErrCannot),
+			return ui.Hint(fmt.Errorf("disk %s begins as a %s image does, and Proxmox VE would take it for one: %w", d.Name, format, vmrestore.ErrCannot),
 				"--staging DIR imports it in another way, with the space for the disks in DIR")
 		}
 	}
@@ -302,7 +303,7 @@ func (r restoredVM) print(w io.Writer) error {
 }
 
 // restore serves the disks as files, and has the plan carried out.
-func (c *vmCmd) restore(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox.Host, p *point, plan *vmrestore.Plan, disks []openDisk, sizes map[string]int64, dir, staging string) (err error) {
+func (c *vmCmd) restore(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox.Host, p *point, plan *vmrestore.Plan, disks []points.Disk, sizes map[string]int64, dir, staging string) (err error) {
 	bars := u.NewProgress("copied")
 	defer bars.Done()
 	if c.Staging != "" {
@@ -335,7 +336,7 @@ func mountPoints(ctx context.Context, u *ui.UI, p *point, dir string) (unmount f
 	if err := os.Mkdir(mountDir(dir), 0o700); err != nil {
 		return nil, err
 	}
-	mounted, err := fusefs.Mount(ctx, fusefs.Options{Set: p.set, Dir: mountDir(dir), Log: u.Log})
+	mounted, err := fusefs.Mount(ctx, fusefs.Options{Set: p.Set, Dir: mountDir(dir), Log: u.Log})
 	if err != nil {
 		return nil, ui.Hint(err, "--staging DIR does without a mount")
 	}
@@ -343,12 +344,12 @@ func mountPoints(ctx context.Context, u *ui.UI, p *point, dir string) (unmount f
 }
 
 // stage writes the disks to files.
-func (c *vmCmd) stage(ctx context.Context, fsys durable.FS, bars ui.Progress, p *point, disks []openDisk, dir string) error {
+func (c *vmCmd) stage(ctx context.Context, fsys durable.FS, bars ui.Progress, p *point, disks []points.Disk, dir string) error {
 	var plans []*export.Plan
 	for _, d := range disks {
-		plan, err := export.Look(ctx, d, filepath.Join(dir, d.name+".qcow2"), export.Options{Format: export.Qcow2, Outside: p.set.Dir(), FS: fsys})
+		plan, err := export.Look(ctx, d, filepath.Join(dir, d.Name+".qcow2"), export.Options{Format: export.Qcow2, Outside: p.Set.Dir(), FS: fsys})
 		if err != nil {
-			return fmt.Errorf("disk %s: %w", d.name, err)
+			return fmt.Errorf("disk %s: %w", d.Name, err)
 		}
 		plans = append(plans, plan)
 	}
@@ -360,12 +361,12 @@ func (c *vmCmd) stage(ctx context.Context, fsys durable.FS, bars ui.Progress, p 
 		if err != nil {
 			return err
 		}
-		err = w.Write(ctx, bars.Bar(disks[i].name+", to a file", plan.Work()).Set)
+		err = w.Write(ctx, bars.Bar(disks[i].Name+", to a file", plan.Work()).Set)
 		if err == nil {
 			err = w.Commit(ctx)
 		}
 		if err := errors.Join(err, w.Close()); err != nil {
-			return fmt.Errorf("disk %s: %w", disks[i].name, err)
+			return fmt.Errorf("disk %s: %w", disks[i].Name, err)
 		}
 	}
 	return nil

@@ -40,10 +40,11 @@ func (r Report) Subject() string {
 	return fmt.Sprintf("qmchain-backup on %s: %s", r.Host, state)
 }
 
-// Table writes a line for each guest. What there is to say of one stands below, each remark once.
-func (r Report) Table(w io.Writer) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "GUEST\tNAME\tRESULT\tLEVEL\tSIZE\tSTORED\tTIME\tREMARK")
+// Write writes the report. Its table has a line for each guest, and tabs between the columns.
+func (r Report) Write(w io.Writer) error {
+	fmt.Fprintf(w, "%s\n\n", r.Subject())
+	fmt.Fprintln(w, "GUEST\tNAME\tRESULT\tLEVEL\tSIZE\tSTORED\tTIME\tREMARK")
+	var all int64
 	for _, o := range r.Outcomes {
 		level, size, stored := "-", "-", "-"
 		if o.Point != "" {
@@ -53,9 +54,13 @@ func (r Report) Table(w io.Writer) error {
 		if o.Verdict == Failed {
 			remark = fmt.Sprintf("exit code %d: %s", o.Code, remark)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Guest, oneLine(o.Name), o.Verdict, level, size, stored, o.Took.Round(100*time.Millisecond), oneLine(remark))
+		all += o.Stored
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Guest, oneLine(o.Name), o.Verdict, level, size, stored, o.Took.Round(100*time.Millisecond), oneLine(remark))
 	}
-	return t.Flush()
+	_, err := fmt.Fprintf(w, "\n%d ok, %d with warnings, %d failed, %d left out; %s stored in %s\nbegan %s, took %s\n",
+		Count(r.Outcomes, Good), Count(r.Outcomes, Warning), Count(r.Outcomes, Failed), Count(r.Outcomes, Skipped),
+		humanize.IBytes(uint64(all)), r.Repo, r.Began.Format("2006-01-02 15:04:05 MST"), r.Took.Round(time.Second))
+	return err
 }
 
 // oneLine makes a text, which may be a guest's or a program's, one that can't spoil the table or the terminal.
@@ -71,18 +76,11 @@ func oneLine(s string) string {
 	}, s)), " ")
 }
 
-// Text is the whole report.
+// Text is the whole report, its columns lined up.
 func (r Report) Text() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n\n", r.Subject())
-	_ = r.Table(&b) // into memory
-	var stored int64
-	for _, o := range r.Outcomes {
-		stored += o.Stored
-	}
-	fmt.Fprintf(&b, "\n%d ok, %d with warnings, %d failed, %d left out; %s stored in %s\nbegan %s, took %s\n",
-		Count(r.Outcomes, Good), Count(r.Outcomes, Warning), Count(r.Outcomes, Failed), Count(r.Outcomes, Skipped),
-		humanize.IBytes(uint64(stored)), r.Repo, r.Began.Format("2006-01-02 15:04:05 MST"), r.Took.Round(time.Second))
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	_ = errors.Join(r.Write(t), t.Flush()) // into memory
 	return b.String()
 }
 

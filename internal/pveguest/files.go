@@ -3,10 +3,8 @@ package pveguest
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"time"
 
@@ -21,11 +19,11 @@ const maxTPM = 8 << 20
 // each under its usual name.
 func (vm *VM) Files(ctx context.Context) (files []backup.File, warnings []string, err error) {
 	files = []backup.File{{Name: vm.ID.String() + ".conf", Data: []byte(vm.Config.Portable())}}
-	rules, err := os.ReadFile(vm.site.Host.FirewallPath(vm.ID))
+	rules, err := vm.site.Host.Firewall(vm.ID)
 	switch {
-	case err == nil:
+	case err == nil && rules != nil:
 		files = append(files, backup.File{Name: vm.ID.String() + ".fw", Data: rules})
-	case !errors.Is(err, fs.ErrNotExist):
+	case err != nil:
 		warnings = append(warnings, fmt.Sprintf("the firewall's rules are not saved: %v", err))
 	}
 	for _, d := range vm.Config.Drives() {

@@ -236,7 +236,7 @@ func (vm *VM) giveBack(ctx context.Context, c *claim, asked bool) error {
 	}
 	lock, ours := r.Lock, true
 	if lock == nil {
-		if lock, err = vm.lockNow(); err != nil {
+		if lock, err = vm.site.Host.LockNow(vm.ID); err != nil {
 			return err
 		}
 		ours = lock == nil || asked && r.may(lock.Changed)
@@ -252,19 +252,6 @@ func (vm *VM) giveBack(ctx context.Context, c *claim, asked bool) error {
 		vm.site.Log.Infof("VM %s: the backup lock that a killed run has left is given back", vm.ID)
 	}
 	return c.drop()
-}
-
-// lockNow is the backup lock that the VM has now, whoever took it; nil: none.
-func (vm *VM) lockNow() (*proxmox.BackupLock, error) {
-	now, err := vm.site.Host.Config(vm.ID)
-	if err != nil || now.Lock() != "backup" {
-		return nil, err
-	}
-	fi, err := os.Stat(vm.site.Host.ConfigPath(vm.ID))
-	if err != nil {
-		return nil, err
-	}
-	return &proxmox.BackupLock{VMID: vm.ID, Digest: now.Digest, Changed: fi.ModTime()}, nil
 }
 
 // Left tells whether a killed run of ours has left a lock, and with fix gives it back. It is "" if all is well.
@@ -288,7 +275,7 @@ func (vm *VM) Left(ctx context.Context, fix bool) (finding string, err error) {
 		}
 		return "", err
 	}
-	if lock, err := vm.lockNow(); err != nil || lock == nil {
+	if lock, err := vm.site.Host.LockNow(vm.ID); err != nil || lock == nil {
 		return "", err // the next run drops the record
 	}
 	return "a run that did not end has left the VM's backup lock", nil

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Usage: setup.sh [bench]
+#
 # Installs what building and testing need on Debian 12 and 13, and says what:
 #
 #   - packages of the system, with apt-get, as root or through sudo;
@@ -6,6 +8,8 @@
 #   - in the cache ($QMCHAIN_CACHE, else ~/.cache/qmchain): the QEMU of the
 #     other Debian release, a small Linux guest, and a kernel for libguestfs'
 #     appliance if none is installed.
+#
+# With "bench" also the programs that benchmarks compare with.
 #
 # What is there already is left alone, and then no network is needed.
 set -euo pipefail
@@ -18,10 +22,15 @@ packages=(
 	gcc libc6-dev                          # go test -race
 	qemu-system-x86 qemu-utils
 	fuse3                                  # fusermount3
+	rsync                                  # a guide copies a repository with it
 	e2fsprogs xfsprogs btrfs-progs fdisk   # file systems and partitions in test images
 	ntfs-3g dosfstools mtools lvm2
 	guestmount libguestfs-xfs kmod         # the files in a point
+	chromium-headless-shell                # the report's page
 )
+if [[ ${1:-} == bench ]]; then
+	packages+=(nbdkit libnbd-bin) # the latter has nbdfuse
+fi
 
 # apt-get, as root, quiet unless it fails.
 apt() {

@@ -32,7 +32,7 @@ func ExitCodes() string {
 		{ExitFailed, "failed; nothing was changed, or all of it undone"},
 		{ExitNotFound, "what was asked for does not exist"},
 		{ExitBusy, "busy or locked"},
-		{ExitPartly, "done, but not quite what was asked (unplanned full, freeze refused, disk skipped)"},
+		{ExitPartly, "done, but not quite what was asked (an unplanned full, a skipped disk)"},
 		{ExitDamaged, "verification found damage"},
 		{ExitNeedsDoctor, "needs `qmchain-backup doctor`"},
 		{ExitSomeFailed, "of several guests at least one failed"},

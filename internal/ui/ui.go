@@ -32,16 +32,17 @@ type UI struct {
 	Log *logrus.Logger
 
 	stdout   io.Writer
+	getenv   func(string) string
 	screen   *screen
 	terminal *os.File // standard error, if it is a terminal
 	quiet    bool
 	logFile  *os.File
 }
 
-// New sets up the log. Getenv is os.Getenv or what a test puts in its place; NO_COLOR, TERM and JOURNAL_STREAM are
-// asked for. Close must be called in the end.
+// New sets up the log. Getenv is os.Getenv or what a test puts in its place; NO_COLOR, TERM, COLUMNS, JOURNAL_STREAM and the
+// locale are asked for. Close must be called in the end.
 func New(stdout, stderr io.Writer, getenv func(string) string, opts Options) (*UI, error) {
-	u := &UI{stdout: stdout, screen: &screen{w: stderr}, quiet: opts.Quiet}
+	u := &UI{stdout: stdout, getenv: getenv, screen: &screen{w: stderr}, quiet: opts.Quiet}
 	if f, ok := stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		u.terminal = f
 	}
@@ -95,15 +96,19 @@ func (u *UI) Finish(err error) int {
 	if err == nil {
 		return ExitOK
 	}
-	if errors.Is(err, errReported) {
-		return ExitCode(err)
+	if !errors.Is(err, errReported) {
+		u.Error(err)
 	}
+	return ExitCode(err)
+}
+
+// Error logs an error with its hint: one that ends the run, or after which it goes on.
+func (u *UI) Error(err error) {
 	entry := logrus.NewEntry(u.Log)
 	if hint := HintOf(err); hint != "" {
 		entry = entry.WithField(hintKey, hint)
 	}
 	entry.Error(err)
-	return ExitCode(err)
 }
 
 // ReportError does what Finish does where there is no UI yet: when its own set-up failed, or the command line was

@@ -150,6 +150,9 @@ func NewPlan(point Point, o Options, site Site) (*Plan, error) {
 	if site.Twin && !o.Unique {
 		p.note(false, "VM %s is still there and has the same MAC addresses and the same UUID: don't run both, or use --unique", point.Config.VMID)
 	}
+	if o.Unique && o.VMID == point.Config.VMID {
+		p.note(false, "VM %s has a new UUID, and so is another VM to a repository with points of the old one: the next backup refuses it, unless it is made with --adopt, or under another --name", o.VMID)
+	}
 	if err := p.check(); err != nil {
 		return nil, fmt.Errorf("%s: %w", point.Name, err)
 	}

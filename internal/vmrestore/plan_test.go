@@ -172,6 +172,11 @@ func TestPlanOptions(t *testing.T) {
 	if err != nil || notes(p) != "" {
 		t.Errorf("beside the VM, unique: %q, %v", notes(p), err)
 	}
+	// What a repository knows under this VMID is the VM that it was.
+	p, err = plan("memory: 64\n", vmrestore.Options{Unique: true}, nil, nil, nil)
+	if err != nil || !strings.Contains(notes(p), "--adopt") || p.Loss() != "" {
+		t.Errorf("in place of the VM, unique: %q, %v", notes(p), err)
+	}
 	for _, test := range []struct {
 		lines string
 		o     vmrestore.Options

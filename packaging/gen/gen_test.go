@@ -22,7 +22,8 @@ const sample = `{
 			{"name": "level", "help": "It's the [level]: how.", "value": "full|inc", "choices": ["full", "inc"], "default": "inc", "config": true},
 			{"name": "log", "short": "l", "help": "A log.", "value": "FILE,...", "repeated": true, "config": true},
 			{"name": "check", "help": "Check it.", "negatable": "no-check"}
-		], "args": [{"name": "vmid", "help": "The VMs.", "repeated": true}]},
+		], "args": [{"name": "vmid", "help": "The VMs.", "repeated": true}],
+		"examples": [{"for": "two at once", "line": "take 110 111 --repo /mnt/a-rather-long/path/of/a/repository --level full"}]},
 		{"name": "show", "help": "Show one.", "flags": [
 			{"name": "repo", "help": "The repository.", "value": "DIR", "required": true}
 		], "args": [{"name": "point", "help": "The point.", "required": true}]}
@@ -97,6 +98,15 @@ A log.
 .TP
 \fB\-\-check\fR, \fB\-\-no\-check\fR
 Check it.
+.PP
+Two at once:
+.PP
+.nf
+.RS
+$ qmchain\-sample take 110 111 \-\-repo \e
+    /mnt/a\-rather\-long/path/of/a/repository \-\-level full
+.RE
+.fi
 .SS show
 Show one.
 .TP
@@ -121,7 +131,8 @@ done as asked
 interrupted
 .SH SEE ALSO
 .BR qmchain (7),
-.BR qmchain.toml (5)
+.BR qmchain.toml (5),
+.BR qmchain\-json (5)
 `
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -164,72 +175,48 @@ func TestWrap(t *testing.T) {
 	}
 }
 
-// What bash offers, with stand-ins for the two functions of package bash-completion.
+// What bash offers of what the program answers, and what it asks: with stand-ins for the program, which says what it was
+// asked, and for functions of package bash-completion.
 func TestBash(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	script := filepath.Join(dir, "completion")
-	if err := os.WriteFile(script, []byte(bash(parsed(t))), 0o600); err != nil {
+	if err := os.WriteFile(script, []byte(completion(bashScript, "qmchain-sample")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	repo := filepath.Join(dir, "repo")
-	for _, point := range []string{"110/20261120T111523Z-81aa", "web/20261121T111523Z-0001"} {
-		if err := os.MkdirAll(filepath.Join(repo, point), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	const points = "110/20261120T111523Z-81aa 110/latest web/20261121T111523Z-0001 web/latest"
 	const driver = `
-		shopt -u nullglob
-		_filedir() { COMPREPLY=("<file $*>"); }
-		compopt() { :; }
-		_init_completion() {
-			words=("${line[@]}"); cword=$((${#line[@]} - 1)); cur=${line[cword]}; prev=${line[cword - 1]}; split=false
-			[[ $cur == --*=* ]] && { prev=${cur%%=*}; cur=${cur#*=}; split=true; }
-			return 0
-		}
-		source "$1"; shift
+		compopt() { echo "<$*>"; }
+		_filedir() { COMPREPLY+=("<files $*of $cur>"); }
+		_get_comp_words_by_ref() { words=("${line[@]}"); cword=$((${#line[@]} - 1)); cur=${line[cword]}; }
+		qmchain-sample() { echo "asked: $(printf '(%s)' "$@")" >&3; printf '%b' "$answer"; }
+		source "$1"; answer=$2; shift 2
 		line=(qmchain-sample "$@")
-		set -u
+		exec 3>&1
 		_qmchain_sample
-		echo "${COMPREPLY[*]-}"`
+		printf '(%s)' "${COMPREPLY[@]}"`
 	for _, c := range []struct {
-		line []string
-		want string
+		line   []string
+		answer string
+		want   string
 	}{
-		{[]string{""}, "take show --quiet"},
-		{[]string{"s"}, "show"},
-		{[]string{"-q", "t"}, "take"},
-		{[]string{"take", "--le"}, "--level="},
-		{[]string{"take", "--level="}, "full inc"},
-		{[]string{"take", "--level", "f"}, "full"},
-		{[]string{"take", "-l", ""}, "<file >"},
-		{[]string{"take", "--repo", ""}, "<file -d>"},
-		{[]string{"take", "--no"}, "--no-check"},
-		{[]string{"show", "--level", ""}, ""}, // it has no such flag, and there is no repository
-		{[]string{"show", "--repo", repo, ""}, points},
-		{[]string{"show", "--repo=" + repo, "web/l"}, "web/latest"},
-		{[]string{"--quiet", "show", "--repo", repo, "110/2"}, "110/20261120T111523Z-81aa"},
+		{[]string{""}, `take\tTake one\nshow\tShow one\n`, "asked: (__complete)()\n(take)(show)"},
+		{[]string{"take", "--level", "f"}, `full\n`, "asked: (__complete)(take)(--level)(f)\n(full)"},
+		{[]string{"take", "--level=f"}, `--level=full\n`, "asked: (__complete)(take)(--level=f)\n(full)"},
+		{[]string{"cp", "110/a:/"}, `110/a:/\n110/a:/etc\n`, "asked: (__complete)(cp)(110/a:/)\n(/)(/etc)"},
+		{[]string{"show", "1"}, `110/\n:nospace\n`, "asked: (__complete)(show)(1)\n<-o nospace>\n(110/)"},
+		{[]string{"take", "--log=a b"}, `:file\n`, "asked: (__complete)(take)(--log=a b)\n(<files of a b>)"},
+		{[]string{"take", "--repo", "/m"}, `:dir\n`, "asked: (__complete)(take)(--repo)(/m)\n(<files -dof /m>)"},
+		{[]string{"none", ""}, ``, "asked: (__complete)(none)()\n()"},
 	} {
-		cmd := exec.Command("bash", append([]string{"--norc", "-c", driver, "bash", script}, c.line...)...)
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "QMCHAIN_CONFIG=" + filepath.Join(dir, "none"), "HOME=" + dir}
+		cmd := exec.Command("bash", append([]string{"--norc", "-uc", driver, "bash", script, c.answer}, c.line...)...)
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Errorf("%q: %v: %s", c.line, err, out)
 			continue
 		}
-		if got := strings.TrimSpace(string(out)); got != c.want {
-			t.Errorf("%q: %q, want %q", c.line, got, c.want)
+		if diff := cmp.Diff(c.want, string(out)); diff != "" {
+			t.Errorf("%q (-want +got)\n%s", c.line, diff)
 		}
-	}
-}
-
-// The run-time parts are in quotes of three shells.
-func TestQuoted(t *testing.T) {
-	t.Parallel()
-	const text = `it's $HOME "\1"`
-	out, err := exec.Command("sh", "-c", "printf %s "+quoted(text)).Output()
-	if err != nil || string(out) != text {
-		t.Errorf("%q, %v", out, err)
 	}
 }

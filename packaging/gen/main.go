@@ -7,10 +7,9 @@
 // What no command line tells (examples, files) stands beside it, in packaging/man:
 //
 //	qmchain-backup.8   a comment with the page's one-line description, then sections to go between OPTIONS and EXIT STATUS
-//	qmchain.7, .toml.5 whole pages; `.\" @keys@` in the latter stands for the keys of the configuration file
+//	qmchain.7          and what else is a whole page; `.\" @keys@` stands for the keys of the configuration file
 //
-// Pages are in the macros of man(7). Completions need nothing but the shell, and look for VMIDs, guests and points where
-// they are, without running anything.
+// Pages are in the macros of man(7). Completions ask the program, which knows best.
 package main
 
 import (
@@ -71,16 +70,16 @@ func (g generator) run(ctx context.Context) error {
 		}
 		for name, text := range map[string]string{
 			"usr/share/man/man8/" + p.Name + ".8":                     page,
-			"usr/share/bash-completion/completions/" + p.Name:         bash(p),
-			"usr/share/zsh/vendor-completions/_" + p.Name:             zsh(p),
-			"usr/share/fish/vendor_completions.d/" + p.Name + ".fish": fish(p),
+			"usr/share/bash-completion/completions/" + p.Name:         completion(bashScript, p.Name),
+			"usr/share/zsh/vendor-completions/_" + p.Name:             completion(zshScript, p.Name),
+			"usr/share/fish/vendor_completions.d/" + p.Name + ".fish": completion(fishScript, p.Name),
 		} {
 			if err := g.write(name, text); err != nil {
 				return err
 			}
 		}
 	}
-	for _, name := range []string{"qmchain.7", "qmchain.toml.5"} {
+	for _, name := range []string{"qmchain.7", "qmchain.toml.5", "qmchain-json.5"} {
 		text, err := os.ReadFile(filepath.Join(g.man, name))
 		if err != nil {
 			return err

@@ -37,6 +37,7 @@ func (g generator) page(p program, byHand string) (string, error) {
 			fmt.Fprintf(&b, ".TP\n.I %s\n%s\n", argument(arg), text(explained(arg)))
 		}
 		writeFlags(&b, c.Flags)
+		writeExamples(&b, p.Name, c.Examples)
 	}
 	b.WriteString(".SH OPTIONS\nAll commands have these:\n")
 	writeFlags(&b, p.Flags)
@@ -46,7 +47,7 @@ func (g generator) page(p program, byHand string) (string, error) {
 		code, meaning, _ := strings.Cut(strings.TrimSpace(line), " ")
 		fmt.Fprintf(&b, ".TP\n.B %s\n%s\n", code, text(strings.TrimSpace(meaning)))
 	}
-	b.WriteString(".SH SEE ALSO\n.BR qmchain (7),\n.BR qmchain.toml (5)\n")
+	b.WriteString(".SH SEE ALSO\n.BR qmchain (7),\n.BR qmchain.toml (5),\n.BR qmchain\\-json (5)\n")
 	return b.String(), nil
 }
 
@@ -136,6 +137,24 @@ func writeFlags(b *strings.Builder, flags []value) {
 			word = `\fB\-` + literal(f.Short) + `\fR, ` + word
 		}
 		fmt.Fprintf(b, ".TP\n%s\n%s\n", word, text(explained(f)))
+	}
+}
+
+// exampleWidth is how long a line of an example can be before it is broken.
+const exampleWidth = 66
+
+func writeExamples(b *strings.Builder, program string, examples []example) {
+	for _, e := range examples {
+		fmt.Fprintf(b, ".PP\n%s:\n.PP\n.nf\n.RS\n", text(strings.ToUpper(e.For[:1])+e.For[1:]))
+		line := "$ " + program
+		for word := range strings.SplitSeq(e.Line, " ") {
+			if len(line)+1+len(word) > exampleWidth {
+				b.WriteString(literal(line) + " \\e\n")
+				line = "   "
+			}
+			line += " " + word
+		}
+		b.WriteString(literal(line) + "\n.RE\n.fi\n")
 	}
 }
 

@@ -26,7 +26,14 @@ type command struct {
 	Detail   string    `json:"detail"`
 	Flags    []value   `json:"flags"`
 	Args     []value   `json:"args"`
+	Examples []example `json:"examples"`
 	Commands []command `json:"commands"`
+}
+
+// example is a command line, without the program's name, and what it does.
+type example struct {
+	For  string `json:"for"`
+	Line string `json:"line"`
 }
 
 // value is a flag or an argument.
@@ -87,49 +94,4 @@ func parse(name string, text []byte) (program, error) {
 		}
 	}
 	return p, nil
-}
-
-// summary is the first sentence of a help text, for lists.
-func summary(help string) string {
-	first, _, _ := strings.Cut(help, "\n")
-	if i := strings.Index(first, ". "); i >= 0 {
-		first = first[:i]
-	}
-	return strings.TrimSuffix(first, ".")
-}
-
-// kind is what a value is, as far as a shell can complete it.
-type kind int
-
-const (
-	anything kind = iota // nothing to offer
-	choice
-	file
-	folder
-	vmid
-	guest // of a repository
-	point // of a repository
-)
-
-func (v value) kind() kind {
-	if len(v.Choices) > 0 {
-		return choice
-	}
-	word := strings.TrimSuffix(v.Value, ",...")
-	if word == "" {
-		word = v.Name
-	}
-	switch strings.ToLower(word) {
-	case "file", "path", "addr", "device", "image":
-		return file
-	case "dir", "repo", "mnt", "folder":
-		return folder
-	case "vmid", "vm":
-		return vmid
-	case "guest", "name":
-		return guest
-	case "point", "of", "points":
-		return point
-	}
-	return anything
 }

@@ -116,7 +116,12 @@ say "remove"
 apt remove qmchain
 ! compgen -G '/usr/bin/qmchain-*' || fail "programs are left"
 cmp /etc/qmchain/config.toml /tmp/config || fail "settings were lost when it was removed"
-apt install "$deb"
+# As README.md has it, in the tree that the package was built from.
+mkdir /tmp/tree
+ln -s /debs /tmp/tree/dist
+cd /tmp/tree
+apt install ./dist/qmchain_*_amd64.deb
+cd /
 cmp /etc/qmchain/config.toml /tmp/config || fail "settings were lost when it was installed again"
 
 say "purge"

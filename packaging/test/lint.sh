@@ -25,9 +25,11 @@ for deb in /debs/*.deb; do
 	done
 done
 
-# All that is not for one machine is the same in all packages: of the last one it stands for all.
+# All that is not for one machine is the same in all packages. Here it is from the one for this machine, as shells run its programs.
+rm -rf /tmp/deb
+dpkg-deb -x /debs/*_"$(dpkg --print-architecture)".deb /tmp/deb
 cd /tmp/deb
-cp -a usr/share usr/lib usr/bin /usr/ # programs for another machine, perhaps: they are only looked at
+cp -a usr/share usr/lib usr/bin /usr/
 for page in usr/share/man/man*/*.gz; do
 	[[ -L $page ]] && continue
 	zcat "$page" >/tmp/page
@@ -50,7 +52,14 @@ offers bash "$(bash -c '
 offers fish "$(fish -c 'complete -C "qmchain-backup run --level "')" diff
 offers fish "$(fish -c 'complete -C "qmchain-backup "')" prune
 mkdir -p /tmp/repo/110/20261120T111523Z-81aa
+echo '{"format": 1, "id": "0123456789abcdef0123456789abcdef"}' >/tmp/repo/qmchain.json
 offers fish "$(fish -c 'complete -C "qmchain-restore image --repo /tmp/repo "')" 110/latest
+offers bash "$(bash -c '
+	source /usr/share/bash-completion/bash_completion
+	source /usr/share/bash-completion/completions/qmchain-restore
+	COMP_WORDS=(qmchain-restore image --repo = /tmp/repo 11) COMP_CWORD=5 COMP_LINE="qmchain-restore image --repo=/tmp/repo 11" COMP_POINT=40
+	_qmchain_restore 2>/dev/null
+	echo "${COMPREPLY[*]}"')" 110/20261120T111523Z-81aa
 cat >/tmp/zshtest <<'ZSH'
 zmodload zsh/zpty
 zpty shell zsh -f -i

@@ -122,7 +122,12 @@ mkdir -p "$work/one" "$work/another/place"
 		done | tar --null --files-from=- -c
 ) | tar -x --no-same-owner -C "$work/one"
 cp -r "$work/one/." "$work/another/place"
-env GIT_DIR="$git_dir" "$work/one/packaging/build.sh" "$work/debs"
+(
+	export GIT_DIR=$git_dir
+	cd "$work/one"
+	make deb
+	mv dist "$work/debs"
+)
 (
 	umask 077
 	env GIT_DIR="$git_dir" "${go_paths[@]}" HOME="$work/another" TMPDIR="$work/another" TZ=Asia/Tokyo LC_ALL=C.UTF-8 \

@@ -69,7 +69,10 @@ vm
 
 say "backup: by its timer, an increment, all"
 systemctl enable --quiet --now qmchain-backup@110.timer
+systemctl enable --now qmchain-backup-all.timer qmchain-prune.timer
 active qmchain-backup@110.timer
+active qmchain-backup-all.timer
+active qmchain-prune.timer
 done_well qmchain-backup@110.service
 done_well qmchain-backup-all.service
 (($(ls -d /srv/my-backup/110/2*/ | wc -l) == 2)) || fail "not two points"

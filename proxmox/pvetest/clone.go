@@ -23,14 +23,7 @@ func (c *call) clone() error {
 	if !validVMID.MatchString(newID) {
 		return c.badParameter("newid", "invalid format - value does not look like a valid VM ID")
 	}
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		if _, err := os.Stat(c.configPath(newID)); err == nil {
 			return die("unable to create VM %s: config file already exists", newID)
 		}
@@ -78,14 +71,7 @@ func renamed(volume, from, to string) string {
 
 // template makes a VM a template: it never runs again, and its volumes are called base.
 func (c *call) template() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		switch {
 		case cf.main["template"] == "1":
 			return die("you can't convert a template to a template")
@@ -110,14 +96,7 @@ func (c *call) template() error {
 
 // destroy removes a stopped VM with its volumes.
 func (c *call) destroy() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		if c.running(c.vmid) {
 			return die("VM %s is running - destroy failed", c.vmid)
 		}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,6 +35,7 @@ type monitor struct {
 // cleans up when a QEMU has gone.
 func (n *Node) listenEvents() error {
 	m := &monitors{qemu: map[string]*monitor{}}
+	n.monitors = m
 	return n.listen(n.Events, func(ctx context.Context, conn net.Conn) {
 		kept := "" // the VM that this client keeps
 		in := json.NewDecoder(bufio.NewReader(conn))
@@ -57,6 +59,14 @@ func (n *Node) listenEvents() error {
 			m.release(kept)
 		}
 	})
+}
+
+// KeptAlive tells whether somebody has asked qmeventd to leave the VM's QEMU alone when its guest powers off.
+func (n *Node) KeptAlive(vmid int) bool {
+	n.monitors.mu.Lock()
+	defer n.monitors.mu.Unlock()
+	q := n.monitors.qemu[strconv.Itoa(vmid)]
+	return q != nil && q.backup
 }
 
 // keep is false for a VM whose QEMU is not connected.

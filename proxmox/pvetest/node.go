@@ -32,8 +32,9 @@ type Node struct {
 	// LockTimeout is how long qm waits for a VM's lock: 10 s.
 	LockTimeout time.Duration
 
-	tb     testenv.TB
-	server *server
+	tb       testenv.TB
+	server   *server
+	monitors *monitors
 
 	mu     sync.Mutex
 	vms    map[string]*testenv.VM
@@ -146,6 +147,17 @@ func (n *Node) MoveAway(vmid int, node string) {
 func (n *Node) AddContainer(vmid int) {
 	n.tb.Helper()
 	n.fatal(writeFile(filepath.Join(n.Etc, "nodes", n.Name, "lxc", strconv.Itoa(vmid)+".conf"), "hostname: ct\n"))
+}
+
+// AddHA adds a VM to the resources of PVE's high availability, with that state. Nothing here is done about it.
+func (n *Node) AddHA(vmid int, state string) {
+	n.tb.Helper()
+	n.fatal(os.MkdirAll(filepath.Join(n.Etc, "ha"), 0o700))
+	f, err := os.OpenFile(filepath.Join(n.Etc, "ha/resources.cfg"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	n.fatal(err)
+	_, err = fmt.Fprintf(f, "vm: %d\n\tstate %s\n\n", vmid, state)
+	n.fatal(err)
+	n.fatal(f.Close())
 }
 
 // AddPool adds a pool to the users' configuration.

@@ -52,11 +52,7 @@ func (c *call) commandLine(cf *conf) ([]string, error) {
 
 // start starts the VM, with what was pending.
 func (c *call) start() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		if cf.main["template"] == "1" {
 			return die("you can't start a vm if it's a template")
 		}
@@ -167,14 +163,7 @@ func (s *startTB) attempt(f func()) (err error) {
 
 // stop ends QEMU at once.
 func (c *call) stop() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		if !c.running(c.vmid) {
 			return nil
 		}
@@ -226,14 +215,7 @@ func (c *call) stopped(err error) error {
 
 // shutdown asks the guest to power off.
 func (c *call) shutdown() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		if !c.running(c.vmid) {
 			return die("VM %s not running", c.vmid)
 		}
@@ -268,14 +250,7 @@ func (c *call) powerDown(cf *conf) error {
 
 // reboot shuts the guest down and has qmeventd's clean-up start the VM again.
 func (c *call) reboot() error {
-	err := c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	err := c.unlocked(func(cf *conf) error {
 		if !c.running(c.vmid) {
 			return die("VM not running")
 		}
@@ -303,14 +278,7 @@ func (c *call) rebootFile() string { return filepath.Join(c.Run, c.vmid+".reboot
 
 // reset restarts the guest within its QEMU.
 func (c *call) reset() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		if !c.running(c.vmid) {
 			return die("VM %s not running", c.vmid)
 		}

@@ -194,6 +194,27 @@ func (c *call) checkLock(cf *conf) error {
 	return nil
 }
 
+// unlocked runs f under the VM's lock file, with its configuration, if that is not locked.
+func (c *call) unlocked(f func(*conf) error) error {
+	return c.loaded(func(cf *conf) error {
+		if err := c.checkLock(cf); err != nil {
+			return err
+		}
+		return f(cf)
+	})
+}
+
+// loaded runs f under the VM's lock file, with its configuration.
+func (c *call) loaded(f func(*conf) error) error {
+	return c.locked(func() error {
+		cf, err := c.load()
+		if err != nil {
+			return err
+		}
+		return f(cf)
+	})
+}
+
 // locked runs f under the VM's lock file, which hook scripts run under as well.
 func (c *call) locked(f func() error) error {
 	path := filepath.Join(c.Dir, "run/lock", "lock-"+c.vmid+".conf")

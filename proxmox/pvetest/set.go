@@ -93,11 +93,7 @@ func (c *call) set() error {
 			return err
 		}
 	}
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		if digest := c.option("digest"); digest != "" && digest != cf.digest {
 			return die("checksum mismatch (file change by other user?)")
 		}
@@ -165,11 +161,7 @@ func split(list string) []string {
 
 // unlock takes away any lock.
 func (c *call) unlock() error {
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		delete(cf.main, "lock")
 		delete(cf.pending, "lock")
 		return c.save(cf)

@@ -18,11 +18,7 @@ func (c *call) snapshot() error {
 		return &failure{255, "400 not enough arguments\nqm snapshot <vmid> <snapname> [OPTIONS]"}
 	}
 	name := c.more[0]
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		if cf.main["template"] == "1" {
 			return die("you can't take a snapshot if it's a template")
 		}
@@ -77,11 +73,7 @@ func (c *call) rollback() error {
 		return &failure{255, "400 not enough arguments\nqm rollback <vmid> <snapname> [OPTIONS]"}
 	}
 	name := c.more[0]
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		snap := cf.snapshots[name]
 		if snap == nil {
 			return die("snapshot '%s' does not exist", name)
@@ -126,11 +118,7 @@ func (c *call) delSnapshot() error {
 		return &failure{255, "400 not enough arguments\nqm delsnapshot <vmid> <snapname> [OPTIONS]"}
 	}
 	name := c.more[0]
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
+	return c.loaded(func(cf *conf) error {
 		snap := cf.snapshots[name]
 		if snap == nil {
 			return die("snapshot '%s' does not exist", name)

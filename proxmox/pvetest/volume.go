@@ -250,14 +250,7 @@ func (c *call) importDisk() error {
 	if len(c.more) != 2 {
 		return &failure{255, "400 not enough arguments\nqm disk import <vmid> <source> <storage> [OPTIONS]"}
 	}
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		fmt.Fprintf(c.stdout, "importing disk '%s' to VM %s ...\n", c.more[0], c.vmid)
 		target := c.option("target-disk")
 		id := target
@@ -268,7 +261,8 @@ func (c *call) importDisk() error {
 		if format := c.option("format"); format != "" {
 			value += ",format=" + format
 		}
-		if value, err = c.newVolume(id, value); err != nil {
+		value, err := c.newVolume(id, value)
+		if err != nil {
 			return err
 		}
 		if target == "" {
@@ -285,14 +279,7 @@ func (c *call) resize() error {
 	if len(c.more) != 2 {
 		return &failure{255, "400 not enough arguments\nqm resize <vmid> <disk> <size> [OPTIONS]"}
 	}
-	return c.locked(func() error {
-		cf, err := c.load()
-		if err != nil {
-			return err
-		}
-		if err := c.checkLock(cf); err != nil {
-			return err
-		}
+	return c.unlocked(func(cf *conf) error {
 		id, size := c.more[0], c.more[1]
 		if cf.main[id] == "" {
 			return die("disk '%s' does not exist", id)

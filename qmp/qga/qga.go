@@ -58,10 +58,17 @@ func (c *Client) Close() error { return c.conn.Close() }
 
 // Freeze freezes the file systems that are mounted at the given places, or all of them, and returns how many.
 func (c *Client) Freeze(ctx context.Context, mountpoints []string) (n int, err error) {
-	if len(mountpoints) == 0 {
-		return n, c.execute(ctx, "guest-fsfreeze-freeze", nil, &n)
+	command, args := "guest-fsfreeze-freeze", any(nil)
+	if len(mountpoints) > 0 {
+		command, args = "guest-fsfreeze-freeze-list", map[string]any{"mountpoints": mountpoints}
 	}
-	return n, c.execute(ctx, "guest-fsfreeze-freeze-list", map[string]any{"mountpoints": mountpoints}, &n)
+	if err := c.execute(ctx, command, args, &n); err != nil {
+		return 0, err
+	}
+	if n < 0 { // a guest can say what it likes
+		return 0, fmt.Errorf("guest agent: %s: unexpected answer %d", command, n)
+	}
+	return n, nil
 }
 
 // Thaw thaws all file systems.

@@ -4,6 +4,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -50,6 +51,8 @@ type Program struct {
 	Scope conf.Scope
 	// Explain gives an error its exit code and its hint.
 	Explain func(error) error
+	// Complete finds what shells can offer for values.
+	Complete Sources
 }
 
 // Main runs the program with the process's own arguments and ends the process.
@@ -57,6 +60,9 @@ func Main(p Program) { MainOf(p.Run) }
 
 // MainOf is Main for what stands around a program's Run.
 func MainOf(run func(ctx context.Context, args []string, env Env) (code int)) {
+	if len(os.Args) > 1 && os.Args[1] == completeCommand {
+		os.Exit(supervise(os.Args[2:], os.Stdout, completeLimit))
+	}
 	// Who reads the log or the result may go away before the program is done: that must not kill it in the middle of things.
 	// A handler, in place of ignoring it, is not passed on to children.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
@@ -84,6 +90,9 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 			panic(r)
 		}
 	}()
+	if len(args) > 0 && args[0] == lookCommand {
+		return p.look(args[1:], env)
+	}
 	kctx, err := p.parse(args, env, "", p.Grammar)
 	if err != nil {
 		return ui.ReportError(env.Stderr, err)
@@ -107,11 +116,11 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 func (p Program) parse(args []string, env Env, guest string, grammar any) (*kong.Context, error) {
 	options := []kong.Option{
 		kong.Name(p.Name),
-		kong.Description(p.Description + exitCodesTitle + ui.ExitCodes()),
+		kong.Description(p.Description),
 		kong.Writers(env.Stdout, env.Stderr),
 		kong.Exit(func(code int) { panic(exit(code)) }),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
-		kong.UsageOnError(),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: maxHelpWidth}),
+		kong.Help(help),
 		kong.Vars{"version": p.Name + " " + Version},
 		kong.Bind(p.Scope),
 	}
@@ -131,7 +140,19 @@ func (p Program) parse(args []string, env Env, guest string, grammar any) (*kong
 		err = fileErr // after --help, which needs no file
 	}
 	if err != nil {
-		return nil, ui.Exit(ui.ExitUsage, ui.Hint(explain(err), fmt.Sprintf("`%s --help` explains", p.Name)))
+		if ui.HintOf(err) == "" {
+			err = ui.Hint(explain(err), fmt.Sprintf("`%s --help` explains", p.chosen(err)))
+		}
+		return nil, ui.Exit(ui.ExitUsage, err)
 	}
 	return kctx, nil
+}
+
+// chosen is as much of the command line as has named a command, where the rest of it is wrong.
+func (p Program) chosen(err error) string {
+	var wrong *kong.ParseError
+	if errors.As(err, &wrong) && wrong.Context.Selected() != nil {
+		return wrong.Context.Selected().FullPath()
+	}
+	return p.Name
 }

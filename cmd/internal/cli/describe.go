@@ -2,6 +2,7 @@ package cli
 
 import (
 	"encoding/json"
+	"reflect"
 	"strings"
 
 	"github.com/alecthomas/kong"
@@ -17,7 +18,6 @@ type describeFlag bool
 // BeforeReset is called by kong as soon as the flag is seen: nothing else on the command line matters then.
 func (describeFlag) BeforeReset(app *kong.Kong, scope conf.Scope) error {
 	p := describedProgram{describedCommand: describeNode(app.Model.Node), ExitCodes: ui.ExitCodes(), Config: scope}
-	p.Help, _, _ = strings.Cut(p.Help, exitCodesTitle)
 	text, err := json.MarshalIndent(p, "", "  ")
 	if err != nil {
 		return err
@@ -28,9 +28,6 @@ func (describeFlag) BeforeReset(app *kong.Kong, scope conf.Scope) error {
 	app.Exit(ui.ExitOK)
 	return nil
 }
-
-// exitCodesTitle stands in a program's help between its description and the exit codes.
-const exitCodesTitle = "\n\nExit codes:\n"
 
 type describedProgram struct {
 	describedCommand
@@ -44,6 +41,7 @@ type describedCommand struct {
 	Detail   string             `json:"detail,omitempty"`
 	Flags    []describedValue   `json:"flags"`
 	Args     []describedValue   `json:"args"`
+	Examples []Example          `json:"examples,omitempty"`
 	Commands []describedCommand `json:"commands,omitempty"`
 }
 
@@ -63,7 +61,7 @@ type describedValue struct {
 }
 
 func describeNode(n *kong.Node) describedCommand {
-	c := describedCommand{Name: n.Name, Help: n.Help, Detail: n.Detail, Flags: []describedValue{}, Args: []describedValue{}}
+	c := describedCommand{Name: n.Name, Help: n.Help, Detail: n.Detail, Flags: []describedValue{}, Args: []describedValue{}, Examples: examplesOf(n)}
 	for _, f := range n.Flags {
 		if !f.Hidden {
 			c.Flags = append(c.Flags, describeFlagOf(f))
@@ -101,8 +99,11 @@ func describeFlagOf(f *kong.Flag) describedValue {
 	return v
 }
 
+// repeated tells whether a value can be given several times: kong says so of unnamed types alone.
+func repeated(v *kong.Value) bool { return v.IsCumulative() || v.Target.Kind() == reflect.Slice }
+
 func describeValue(v *kong.Value) describedValue {
-	d := describedValue{Name: v.Name, Help: v.Help, Required: v.Required, Repeated: v.IsCumulative()}
+	d := describedValue{Name: v.Name, Help: v.Help, Required: v.Required, Repeated: repeated(v)}
 	if v.HasDefault && !v.IsBool() {
 		d.Default = v.Default
 	}

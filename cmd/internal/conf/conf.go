@@ -37,6 +37,9 @@ import (
 
 	"github.com/BurntSushi/toml"
 	"github.com/alecthomas/kong"
+
+	"qmchain/cmd/internal/similar"
+	"qmchain/internal/ui"
 )
 
 // Path is where the file usually is. It need not be there.
@@ -128,9 +131,9 @@ func Load(path string) (*File, error) {
 		case !isSection && slices.Contains(shared, key):
 			f.top[key] = all[key]
 		case !isSection:
-			return nil, fmt.Errorf("%s: %s: before the first section only %s can stand", path, key, strings.Join(shared, ", "))
+			return nil, misspelt(fmt.Errorf("%s: %s: before the first section only %s can stand", path, key, strings.Join(shared, ", ")), key, shared)
 		case !slices.Contains(sections, key):
-			return nil, fmt.Errorf("%s: no program has a section [%s], only %s", path, key, strings.Join(sections, ", "))
+			return nil, misspelt(fmt.Errorf("%s: no program has a section [%s], only %s", path, key, strings.Join(sections, ", ")), key, sections)
 		case key == "guest":
 			if f.guests, err = f.subsections(table); err != nil {
 				return nil, err
@@ -140,6 +143,15 @@ func Load(path string) (*File, error) {
 		}
 	}
 	return f, nil
+}
+
+// Shared is the text of a key before the first section; "" where there is none, as in no file.
+func (f *File) Shared(key string) string {
+	if f == nil {
+		return ""
+	}
+	text, _ := f.top[key].(string)
+	return text
 }
 
 func (f *File) subsections(table map[string]any) (map[string]map[string]any, error) {
@@ -197,7 +209,7 @@ func (r *Resolver) validate(app *kong.Application, section, name string, values 
 		flag := r.flag(app, section, key)
 		switch {
 		case flag == nil:
-			return fmt.Errorf("%s: %s: %s: there is no flag --%s", r.file.path, name, key, key)
+			return misspelt(fmt.Errorf("%s: %s: %s: there is no flag --%s", r.file.path, name, key, key), key, r.keys(app, section))
 		case flag.Tag.Get("conf") == "no":
 			return fmt.Errorf("%s: %s: %s: --%s is for the command line only", r.file.path, name, key, key)
 		}
@@ -208,18 +220,42 @@ func (r *Resolver) validate(app *kong.Application, section, name string, values 
 	return nil
 }
 
-func (r *Resolver) flag(app *kong.Application, section, key string) *kong.Flag {
+// flags are those of the commands that a section is for.
+func (r *Resolver) flags(app *kong.Application, section string) (flags []*kong.Flag) {
 	for _, command := range app.Children {
-		if !slices.Contains(r.scope[section], command.Name) {
-			continue
+		if slices.Contains(r.scope[section], command.Name) {
+			flags = append(flags, command.Flags...)
 		}
-		for _, flag := range command.Flags {
-			if flag.Name == key {
-				return flag
-			}
+	}
+	return flags
+}
+
+func (r *Resolver) flag(app *kong.Application, section, key string) *kong.Flag {
+	for _, flag := range r.flags(app, section) {
+		if flag.Name == key {
+			return flag
 		}
 	}
 	return nil
+}
+
+// keys are those that can stand in a section.
+func (r *Resolver) keys(app *kong.Application, section string) (keys []string) {
+	for _, flag := range r.flags(app, section) {
+		if flag.Tag.Get("conf") != "no" && !flag.Hidden {
+			keys = append(keys, flag.Name)
+		}
+	}
+	return keys
+}
+
+// misspelt gives an error about a name in the file the next step.
+func misspelt(err error, name string, known []string) error {
+	hint := similar.Question(name, known)
+	if hint == "" {
+		hint = "`man qmchain.toml` tells what can stand there"
+	}
+	return ui.Hint(err, hint)
 }
 
 // Resolve implements kong.Resolver.

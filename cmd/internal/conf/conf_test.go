@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
+
+	"qmchain/internal/ui"
 )
 
 type grammar struct {
@@ -128,6 +130,22 @@ func TestMistakes(t *testing.T) {
 	} {
 		if _, err := parse(t, test.text, "110", "run"); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%q: %v, want %q", test.text, err, test.want)
+		}
+	}
+}
+
+// What is misspelt is met with what may have been meant.
+func TestHints(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"[bakup]\njobs = 1":            "did you mean backup?",
+		"rpeo = \"/mnt\"":              "did you mean repo?",
+		"[backup]\ncompres = \"zstd\"": "did you mean compress?",
+		"[guest.110]\njob = 1":         "did you mean jobs?",
+		"[backup]\nal = true":          "`man qmchain.toml` tells what can stand there", // all has no place in it
+	} {
+		if _, err := parse(t, text, "110", "run"); ui.HintOf(err) != want {
+			t.Errorf("%q: %v: %q, want %q", text, err, ui.HintOf(err), want)
 		}
 	}
 }

@@ -1,32 +1,50 @@
-// Package listing is the command that lists points, which several programs have.
+// Package listing is the command that lists points, which several programs have: as a tree of the chains of each guest, or in
+// JSON.
 package listing
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
-	"strings"
 	"time"
-
-	"github.com/dustin/go-humanize"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/chain/source"
+	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/points"
 	"qmchain/internal/ui"
 )
 
 // Command is the command list.
 type Command struct {
-	Repo  string `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	JSON  bool   `name:"json" help:"Print one JSON document."`
-	Guest string `arg:"" optional:"" help:"Only this guest."`
+	Repo  string   `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
+	Long  bool     `short:"l" conf:"no" help:"Also the disks of each point, and when it was taken by this host's clock."`
+	Watch interval `conf:"no" help:"Show it again every 5 seconds, or every N with --watch=N, until Ctrl-C."`
+	JSON  bool     `name:"json" conf:"no" help:"Print one JSON document."`
+	Guest string   `arg:"" optional:"" help:"Only this guest."`
+}
+
+// Help is what "list --help" says in addition.
+func (*Command) Help() string {
+	return `A chain is a full with all that descends from it, and stands under the full. AGE is how long ago the point was taken, SIZE that of its disks, and STORED what its images take; of a guest, AGE is that of its newest point, and STORED is all of it. In a point of several levels the remark says which disk has which.`
+}
+
+// Examples implements cli.Exemplary.
+func (*Command) Examples() []cli.Example {
+	return []cli.Example{
+		{For: "all guests, with their chains", Line: "list --repo /mnt/backup/qmchain"},
+		{For: "one guest, while it is backed up", Line: "list --repo /mnt/backup/qmchain --watch 110"},
+		{For: "what stores most", Line: `list --repo /mnt/backup/qmchain --json | jq -r 'sort_by([.disks[].bytes] | add) | last | .id'`},
+	}
 }
 
 // Point is one point in JSON.
 type Point struct {
 	Guest       string            `json:"guest"`
+	VMName      string            `json:"vm_name"`
 	ID          chain.ID          `json:"id"`
 	Time        time.Time         `json:"time"`
 	Note        string            `json:"note"`
@@ -48,59 +66,138 @@ type Disk struct {
 	File        string      `json:"file"` // relative to the repository
 }
 
-// Run prints all points, oldest first. Where one, or a disk of it, can't be read it prints all the same, and then fails.
-func (c *Command) Run(_ context.Context, u *ui.UI) error {
-	set, err := source.Open(c.Repo)
+// Run lists all points, oldest first. Where one, or a disk of it, can't be read it lists the others all the same, and then fails.
+func (c *Command) Run(ctx context.Context, u *ui.UI) error {
+	if c.Watch > 0 && c.JSON {
+		return ui.Exit(ui.ExitUsage, errors.New("--watch is for people: it goes with no --json"))
+	}
+	set, err := points.OpenSet(c.Repo)
 	if err != nil {
 		return err
 	}
+	if c.Watch > 0 {
+		return c.watch(ctx, u, set) // which may not come back from a share that hangs
+	}
 	defer set.Close()
+	// Of each guest only its rows are kept: of a large repository that is a fraction.
+	now, rows := time.Now(), tree{heading}
+	found := listing{points: []Point{}}
+	err = c.each(ctx, set, func(of listing) {
+		if c.JSON {
+			found.add(of)
+			return
+		}
+		rows = append(rows, of.rows(now, c.Long)...)
+		of.points = nil
+		found.add(of)
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range found.problems {
+		u.Log.Warn(p.text)
+	}
+	err = u.Result(c.JSON, found.points, func(w io.Writer) error { return rows.print(w, u.Unicode(), u.Width()) })
+	if err == nil && found.damaged != nil {
+		return fmt.Errorf("not all points can be read: %w", found.damaged)
+	}
+	return err
+}
+
+// listing is what was found.
+type listing struct {
+	points   []Point // of each guest the oldest first
+	problems []problem
+	damaged  error // nil: all could be read
+}
+
+// problem is something that is wrong with a point.
+type problem struct {
+	guest, point string
+	lost         bool // the point is not among the points
+	text         string
+}
+
+// add adds what was found of another guest.
+func (l *listing) add(of listing) {
+	l.points = append(l.points, of.points...)
+	l.problems = append(l.problems, of.problems...)
+	l.damaged = cmp.Or(of.damaged, l.damaged)
+}
+
+// look reads what there is.
+func (c *Command) look(ctx context.Context, set source.Set) (found listing, err error) {
+	err = c.each(ctx, set, func(of listing) { found.add(of) })
+	return found, err
+}
+
+// each reads one guest after the other, the next while do works on the one before.
+func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (err error) {
 	guests := []string{c.Guest}
 	if c.Guest == "" {
 		if guests, err = set.Guests(); err != nil {
 			return err
 		}
-	} else if err := chain.CheckGuestName(c.Guest); err != nil {
-		return ui.Exit(ui.ExitUsage, err)
 	}
-	points := []Point{}
-	var damaged error
-	for _, name := range guests {
-		g, err := set.Guest(name)
-		if err != nil {
-			return err
-		}
-		found, err := g.Points()
-		if err != nil {
-			return err
-		}
-		if c.Guest != "" && len(found.All)+len(found.Problems) == 0 {
-			return fmt.Errorf("guest %s has no point in %s: %w", name, c.Repo, chain.ErrNoPoint)
-		}
-		for _, p := range found.Problems {
-			if p.Disk == "" {
-				u.Log.Warnf("point left out: %v", p.Err)
-			} else {
-				u.Log.Warnf("%s/%s: disk %s can't be read: %v", name, p.Point, p.Disk, p.Err)
+	type guest struct {
+		name string
+		of   *source.Points
+		err  error
+	}
+	read := make(chan guest)
+	go func() {
+		defer close(read)
+		for _, name := range guests {
+			of, err := points.Of(set, name)
+			if c.Guest == "" && errors.Is(err, chain.ErrNoPoint) {
+				continue // its last point has just gone, or its first is being made
 			}
-			damaged = p.Err
+			select {
+			case read <- guest{name, of, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
 		}
-		for _, p := range found.Warnings {
-			u.Log.Warnf("%s/%s: disk %s: %v", name, p.Point, p.Disk, p.Err)
-		}
-		for _, m := range found.All.Kept() {
-			points = append(points, of(m, found))
+	}()
+	for {
+		select {
+		case <-ctx.Done(): // whatever a share does that hangs
+			return ctx.Err()
+		case g, more := <-read:
+			if !more {
+				return ctx.Err() // of which the reading may have ended
+			}
+			if g.err != nil {
+				return g.err
+			}
+			do(listingOf(g.name, g.of))
 		}
 	}
-	err = u.Result(c.JSON, points, func(w io.Writer) error { return printAll(w, points) })
-	if err == nil && damaged != nil {
-		return fmt.Errorf("not all points can be read: %w", damaged)
-	}
-	return err
 }
 
-// of is how a point is listed, whoever has written it.
-func of(m *chain.Manifest, from source.Reader) Point {
+func listingOf(name string, of *source.Points) (found listing) {
+	for _, p := range of.Problems {
+		problem := problem{name, p.Point, p.Disk == "", fmt.Sprintf("point left out: %v", p.Err)}
+		if p.Disk != "" {
+			problem.text = fmt.Sprintf("%s/%s: disk %s can't be read: %v", name, p.Point, p.Disk, p.Err)
+		}
+		found.problems = append(found.problems, problem)
+		found.damaged = p.Err
+	}
+	for _, p := range of.Warnings {
+		found.problems = append(found.problems, problem{name, p.Point, false, fmt.Sprintf("%s/%s: disk %s: %v", name, p.Point, p.Disk, p.Err)})
+	}
+	for _, m := range of.All.Kept() {
+		found.points = append(found.points, listed(m, of))
+	}
+	return found
+}
+
+// listed is how a point is listed, whoever has written it.
+func listed(m *chain.Manifest, from source.Reader) Point {
 	p := Of(m)
 	for i := range m.Disks {
 		if l, ok := from.Image(chain.Layer{Point: m, Disk: &m.Disks[i]}); ok {
@@ -113,13 +210,13 @@ func of(m *chain.Manifest, from source.Reader) Point {
 // Of is how a point of a repository is listed.
 func Of(m *chain.Manifest) Point {
 	p := Point{
-		Guest: m.Guest.Name, ID: m.ID, Time: m.Time, Note: m.Note, Consistency: m.Consistency, Protected: m.Protected,
+		Guest: m.Guest.Name, VMName: m.Guest.VMName, ID: m.ID, Time: m.Time, Note: m.Note, Consistency: m.Consistency, Protected: m.Protected,
 		Level: m.Level(), Disks: []Disk{},
 	}
 	for _, d := range m.Disks {
 		ld := Disk{
 			Name: d.Name, Level: d.Level, Reason: d.Reason, VirtualSize: d.VirtualSize, Bytes: d.Bytes, Format: "qcow2",
-			File: filepath.Join(m.Guest.Name, repo.ImagesFolder, d.File),
+			File: m.Guest.Name + "/" + repo.ImagesFolder + "/" + d.File,
 		}
 		if d.Parent != nil {
 			ld.Parent = d.Parent.Point
@@ -127,20 +224,4 @@ func Of(m *chain.Manifest) Point {
 		p.Disks = append(p.Disks, ld)
 	}
 	return p
-}
-
-func printAll(w io.Writer, points []Point) error {
-	fmt.Fprintln(w, "POINT\tTIME\tLEVEL\tDISK\tSIZE\tSTORED\tNOTE")
-	for _, p := range points {
-		name, when, note := p.Guest+"/"+string(p.ID), p.Time.Local().Format("2006-01-02 15:04:05"), strings.Join(strings.Fields(p.Note), " ")
-		for _, d := range p.Disks {
-			_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", name, when, d.Level, d.Name,
-				humanize.IBytes(uint64(d.VirtualSize)), humanize.IBytes(uint64(d.Bytes)), note)
-			if err != nil {
-				return err
-			}
-			name, when, note = "", "", ""
-		}
-	}
-	return nil
 }

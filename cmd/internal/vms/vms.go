@@ -6,7 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
+	"qmchain/cmd/internal/cli"
+	"qmchain/cmd/internal/similar"
 	"qmchain/internal/ui"
 	"qmchain/proxmox"
 )
@@ -66,7 +69,7 @@ func (f Flags) Each(ctx context.Context, u *ui.UI, host proxmox.Host, do func(pr
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		err := do(id)
+		err := Meant(do(id), host, id)
 		switch {
 		case err == nil:
 			continue
@@ -77,7 +80,7 @@ func (f Flags) Each(ctx context.Context, u *ui.UI, host proxmox.Host, do func(pr
 			continue
 		}
 		failed++
-		u.Log.Error(err)
+		u.Error(Explain(err))
 	}
 	if failed > 0 {
 		return ui.Exit(ui.ExitSomeFailed, fmt.Errorf("%d of %d VMs failed", failed, len(ids)))
@@ -85,26 +88,37 @@ func (f Flags) Each(ctx context.Context, u *ui.UI, host proxmox.Host, do func(pr
 	return nil
 }
 
+// Causes are what can be wrong with a VM, or with the node.
+func Causes() []cli.Cause {
+	return []cli.Cause{
+		{Is: proxmox.ErrElsewhere, Code: ui.ExitNotFound, Hint: "run it on that node"},
+		{Is: proxmox.ErrNotFound, Code: ui.ExitNotFound, Hint: "`qm list` shows the VMs of this node"},
+		{Is: proxmox.ErrHung, Code: ui.ExitFailed, Hint: "`systemctl status pve-cluster` tells more"},
+		{Is: proxmox.ErrNoHost, Code: ui.ExitNotFound, Hint: "this is for Proxmox VE nodes; is pve-cluster.service running?"},
+		{Is: proxmox.ErrLocked, Code: ui.ExitBusy, Hint: "wait for what holds the lock; `qm unlock VMID` takes away one that was left behind"},
+		{Is: proxmox.ErrBusy, Code: ui.ExitBusy, Hint: "something else works on this VM: try again later"},
+		{Is: proxmox.ErrChanged, Code: ui.ExitBusy, Hint: "somebody keeps changing this VM: try again later"},
+	}
+}
+
 // Explain gives an error of package proxmox its exit code and, where there is one, the next step.
-func Explain(err error) error {
-	for _, e := range []struct {
-		is   error
-		code int
-		hint string
-	}{
-		{proxmox.ErrElsewhere, ui.ExitNotFound, "run it on that node"},
-		{proxmox.ErrNotFound, ui.ExitNotFound, ""},
-		{proxmox.ErrNoHost, ui.ExitNotFound, "this is for Proxmox VE nodes; is pve-cluster.service running?"},
-		{proxmox.ErrLocked, ui.ExitBusy, "wait for what holds the lock; `qm unlock VMID` takes away one that was left behind"},
-		{proxmox.ErrBusy, ui.ExitBusy, "something else works on this VM: try again later"},
-		{proxmox.ErrChanged, ui.ExitBusy, "somebody keeps changing this VM: try again later"},
-	} {
-		if errors.Is(err, e.is) {
-			if e.hint != "" {
-				err = ui.Hint(err, e.hint)
-			}
-			return ui.Exit(e.code, err)
-		}
+func Explain(err error) error { return cli.Explain(err, Causes()) }
+
+// Meant gives an error, that there is no such VM, the numbers that may have been meant.
+func Meant(err error, host proxmox.Host, id proxmox.VMID) error {
+	if !errors.Is(err, proxmox.ErrNotFound) {
+		return err
+	}
+	all, listErr := host.VMIDs()
+	if listErr != nil {
+		return err
+	}
+	var names []string
+	for _, vmid := range all {
+		names = append(names, vmid.String())
+	}
+	if question := similar.Question(id.String(), names); question != "" && !slices.Contains(all, id) {
+		return ui.Hint(err, question)
 	}
 	return err
 }

@@ -1,0 +1,14 @@
+package main
+
+import (
+	"testing"
+
+	"qmchain/cmd/internal/cli/clitest"
+	"qmchain/internal/durable"
+	"qmchain/proxmox"
+)
+
+func TestCommandLine(t *testing.T) {
+	t.Parallel()
+	clitest.Check(t, program(durable.FS{}, proxmox.Host{}))
+}
