@@ -23,7 +23,7 @@ import (
 )
 
 // How long an increment of a guest with two disks takes to which nobody has written, and where the time goes. Besides the
-// whole (ns/op) it reports the medians of
+// whole (total-ms) it reports the medians of
 //
 //	qmp-ms     QEMU's answers to commands, but for those while it copies
 //	copy-ms    from the start of the first job to the end of the last
@@ -54,20 +54,19 @@ func BenchmarkIdleIncrement(b *testing.B) {
 			}
 			run(chain.Full)
 
-			parts := map[string][]float64{}
+			r := rounds{}
 			for b.Loop() {
 				log.seen = nil
 				began := time.Now()
 				run(chain.Inc)
-				p := log.parts(began, time.Now())
-				for name, took := range p {
-					parts[name] = append(parts[name], milliseconds(took))
+				for name, took := range log.parts(began, time.Now()) {
+					r.add(name, milliseconds(took))
 				}
 			}
-			for name, values := range parts {
-				b.ReportMetric(median(values), name+"-ms")
+			for _, name := range []string{"total", "qmp", "copy", "tool", "images", "commit"} {
+				record(b, r.alone(name, "ms"))
 			}
-			total := slices.Sorted(slices.Values(parts["total"]))
+			total := slices.Sorted(slices.Values(r["total"]))
 			b.Logf("%d runs of %d commands: %.0f to %.0f ms; load %s", len(total), len(log.seen), total[0], total[len(total)-1], load())
 			for _, line := range log.costliest(8) {
 				b.Log(line)
@@ -174,12 +173,12 @@ func BenchmarkPeakMemory(b *testing.B) {
 				b.Run("size="+strings.ReplaceAll(humanize.IBytes(uint64(size)), " ", ""), func(b *testing.B) {
 					// A disk that grows goes on with increments: no need to make a full of terabytes.
 					vm.Execute("block_resize", map[string]any{"node-name": topNode(b, vm), "size": size}, nil)
-					var peaks []float64
+					r := rounds{}
 					for b.Loop() {
 						vm.IO("scsi0", fmt.Sprintf("write -P 0x5a %d 1M", size-1<<20))
-						peaks = append(peaks, float64(run(b, chain.Inc))/1e6)
+						r.add("peak", float64(run(b, chain.Inc))/1e6)
 					}
-					b.ReportMetric(slices.Max(peaks), "peak-MB")
+					record(b, r.alone("peak", "MB"))
 				})
 			}
 		})

@@ -17,15 +17,14 @@ import (
 
 var mergePoints = flag.Int("merge-points", 365, "BenchmarkMerge: number of points in the chain")
 
-// What it takes to remove the oldest point of a long chain, a full of 2.6 GiB under increments of 10 MiB, so that the next
-// one becomes the full. It needs root, for a file system of its own. It reports
+// What it takes to remove the oldest point of a long chain, a full under increments, so that the next one becomes the full.
+// It needs root, for a file system of its own. It reports
 //
-//	s           seconds, from start to end of qmchain-backup remove
-//	written-MB  what the file system's disk was sent meanwhile
-//	point-MB    what the image of the next point holds
-//	full-MB     what the full holds
+//	remove-s        seconds, from start to end of qmchain-backup remove
+//	written-MB      what the file system's disk was sent meanwhile; written-x-full: how many times as much the full holds
+//	increment-MB    what the image of the next point holds
 //
-// What is wanted: written-MB not above point-MB, but for tables, sums and manifests.
+// What is wanted: written-MB not above increment-MB, but for tables, sums and manifests.
 func BenchmarkMerge(b *testing.B) {
 	program := filepath.Join(b.TempDir(), "qmchain-backup")
 	build(b, program, "qmchain/cmd/qmchain-backup")
@@ -35,31 +34,28 @@ func BenchmarkMerge(b *testing.B) {
 		b.Fatal(err)
 	}
 	guest := restoreChain(b, dir, *mergePoints)
-	var took, written, point, full float64
+	r := rounds{}
 	for b.Loop() {
 		points, problems, err := guest.Guest.Points()
 		if err != nil || len(problems) > 0 {
 			b.Fatal(err, problems)
 		}
 		oldest, next := points[0], points[1]
-		full, point = float64(oldest.Disks[0].Bytes), float64(next.Disks[0].Bytes)
+		r.add("full-written", float64(oldest.Disks[0].Bytes)/1e6)
+		r.add("increment", float64(next.Disks[0].Bytes)/1e6)
 		before := sent()
 		cmd := exec.Command(program, "remove", "--repo", dir, guest.Name+"/"+string(oldest.ID))
 		began := time.Now()
 		if out, err := cmd.CombinedOutput(); err != nil {
 			b.Fatalf("%v: %s", err, out)
 		}
-		took = time.Since(began).Seconds()
-		written = float64(sent() - before)
+		r.add("remove", time.Since(began).Seconds())
+		r.add("ours-written", float64(sent()-before)/1e6)
 		if err := guest.CheckSums(b.Context(), oldestOf(b, guest.Guest), "scsi0"); err != nil {
 			b.Fatal(err)
 		}
 	}
-	b.ReportMetric(took, "s")
-	b.ReportMetric(written/1e6, "written-MB")
-	b.ReportMetric(point/1e6, "point-MB")
-	b.ReportMetric(full/1e6, "full-MB")
-	b.ReportMetric(0, "ns/op")
+	record(b, r.alone("remove", "s"), r.beside("written", "MB", "full"), r.alone("increment", "MB"))
 }
 
 // oldestOf is the oldest point of a guest.

@@ -22,6 +22,7 @@ var (
 	mountLengths = flag.String("mount-lengths", "1,200,365", "BenchmarkMount: numbers of points in the chain")
 	mountRounds  = flag.Int("mount-rounds", 3, "BenchmarkMount: how often each way is timed")
 	mountWindow  = flag.Duration("mount-window", 500*time.Millisecond, "BenchmarkMount: how long each reading at random takes")
+	mountText    = flag.String("mount-text", "256MiB", "BenchmarkMount: size of the disks that are compressed")
 	mountFiles   = flag.Int("mount-files", 50000, "BenchmarkMount: files in the file system that is packed with tar")
 )
 
@@ -30,29 +31,24 @@ var (
 //
 //   - ours, qmchain-fuse;
 //   - daemon, qemu-storage-daemon's FUSE export of the same chain;
+//   - nbdfuse, a file that nbdfuse makes of qemu-nbd's export; nbdkit, the same with nbdkit's proxy between the two;
 //   - raw, a raw file;
 //   - backing, the chain's own image files, one after the other or at random in all of them.
 //
 // Readers and servers are processes of their own. What is read is sequential, in pieces of 1 MiB, or 4 KiB at random, by one
 // reader (qd1) or by 16 at a time (qd16). Before each turn the kernel forgets what it has of the mounts' own files. Each
-// metric is the median over the rounds; NAME-x-OTHER is how many times as fast as OTHER ours was in the same round, and
-// cpu-x-OTHER how many times as much of the processors' time it took for a byte, with the reader's: other load on the
-// machine changes that less.
+// metric is the median over the rounds; NAME-x-OTHER is how many times as good as OTHER ours was in the same round: as fast,
+// or, of cpu, with as little of the processors' time for a byte, the reader's included: other load on the machine changes
+// that less. What is wanted stands in package figures.
 //
-// What is wanted:
-//
-//   - warm (the image files are in the page cache): of 200 points, seq-x-daemon 10, qd1-x-daemon 12, qd16-x-daemon 30; of 1
-//     point, seq-x-daemon 3.5 and qd1-x-daemon 1.5; seq-x-raw 0.35; again-x-pages, a second reading with all in the mount's
-//     own page cache, 0.8 of a file that the page cache has in single pages. Linux has no file of FUSE otherwise, while
-//     ext4 and xfs get folios of many pages by reading ahead, which are read up to twice as fast: again-x-raw.
-//   - cold (nothing is): seq-x-backing 0.95, qd16-x-backing 0.5.
-//   - flat, the longest chain beside its first point: seq-x-one and qd16-x-one 0.8, or cpu-x-one 1.1.
-//   - open: first-byte-ms, from the server's start to the first byte of the last point, 100; point-MB, the memory for each open
-//     point.
-//   - huge, a disk of 1 TiB with 200,000 clusters here and there, all of which were read: resident-MB 64.
-//   - compressed fulls: seq-x-daemon 1.5 of zstd, 0.8 of zlib.
-//   - tar, of a file system with 50,000 files in a disk that is mounted by a loop device: tar-x-raw, how many times as long as
-//     from a raw file, 1.5. For root alone.
+//   - warm: the image files are in the page cache; cold: nothing is. again is a second reading, with all in the mount's own
+//     page cache; pages is a file that the page cache has in single pages. Linux has no file of FUSE otherwise, while ext4
+//     and xfs get folios of many pages by reading ahead, which are read up to twice as fast.
+//   - flat: the longest chain beside its first point.
+//   - open: from the servers' start to the first byte of the last point, their memory, and the list of all extents with data.
+//   - huge: a disk of 1 TiB with 200,000 clusters here and there, all of which were read.
+//   - compressed: fulls with zlib and zstd.
+//   - tar: of a file system with many files in a disk that is mounted by a loop device. For root alone.
 func BenchmarkMount(b *testing.B) {
 	m := &mountBench{dir: cmp.Or(*mountDir, b.TempDir()), program: filepath.Join(b.TempDir(), "qmchain-fuse")}
 	build(b, m.program, "qmchain/cmd/qmchain-fuse")
@@ -68,11 +64,11 @@ func BenchmarkMount(b *testing.B) {
 	for _, n := range lengths {
 		b.Run("warm/points="+strconv.Itoa(n), func(b *testing.B) { m.warm(b, n-1) })
 		b.Run("cold/points="+strconv.Itoa(n), func(b *testing.B) { m.cold(b, n-1) })
+		b.Run("open/points="+strconv.Itoa(n), func(b *testing.B) { m.open(b, n-1) })
 	}
 	if longest > 1 {
 		b.Run("flat/points="+strconv.Itoa(longest), func(b *testing.B) { m.flat(b, longest-1) })
 	}
-	b.Run("open/points="+strconv.Itoa(longest), m.open)
 	b.Run("huge", m.huge)
 	for _, compression := range []string{"zlib", "zstd"} {
 		b.Run("compressed="+compression, func(b *testing.B) { m.compressed(b, compression) })
@@ -112,106 +108,6 @@ func (m *mountBench) folder(b *testing.B, pattern string) string {
 	return dir
 }
 
-// way is a way to read.
-type way struct {
-	name    string
-	files   []string
-	server  *server  // nil: none
-	backing []string // what the kernel must forget before each turn; nil: nothing
-	keep    bool     // the kernel may keep what it has of files
-}
-
-// speed is what one turn gave.
-type speed struct {
-	rate float64 // bytes per second
-	cpu  float64 // seconds for a byte, of reader and server
-}
-
-// trial is a number of rounds in which ways took turns: speeds by way and round.
-type trial map[string][]speed
-
-// try has the ways take turns to do a job. Which one is first changes from round to round.
-func try(b *testing.B, j job, ways ...way) trial {
-	b.Helper()
-	t := trial{}
-	j.For = *mountWindow
-	for round := range *mountRounds {
-		for i := range ways {
-			w := ways[(i+round)%len(ways)]
-			j.Files, j.Keep, j.Seed = w.files, w.keep, uint64(round)
-			dropCache(b, w.backing...)
-			before := w.cpu()
-			d := j.read(b)
-			t[w.name] = append(t[w.name], speed{float64(d.Bytes) / d.Seconds, (w.cpu() - before + d.CPU) / float64(d.Bytes)})
-		}
-	}
-	return t
-}
-
-func (w way) cpu() float64 {
-	if w.server == nil {
-		return 0
-	}
-	return w.server.cpu()
-}
-
-// rate is the median of a way's rates.
-func (t trial) rate(way string) float64 {
-	var values []float64
-	for _, s := range t[way] {
-		values = append(values, s.rate)
-	}
-	return median(values)
-}
-
-// x is how many times as fast as another way the first one was, and how much of the processors' time it took beside it.
-func (t trial) x(way, other string) (rate, cpu float64) {
-	var rates, cpus []float64
-	for i := range t[way] {
-		rates = append(rates, t[way][i].rate/t[other][i].rate)
-		cpus = append(cpus, t[way][i].cpu/t[other][i].cpu)
-	}
-	return median(rates), median(cpus)
-}
-
-// report reports ours beside others.
-func (t trial) report(b *testing.B, what string, others ...string) {
-	b.Helper()
-	if strings.HasPrefix(what, "qd") {
-		b.ReportMetric(t.rate("ours")/small, what+"-IOPS")
-	} else {
-		b.ReportMetric(t.rate("ours")/1e6, what+"-MB/s")
-	}
-	for _, other := range others {
-		rate, _ := t.x("ours", other)
-		b.ReportMetric(rate, what+"-x-"+other)
-	}
-	var parts []string
-	for name, speeds := range t {
-		for _, s := range speeds {
-			parts = append(parts, fmt.Sprintf("%s %.0f MB/s %.2f s/GB", name, s.rate/1e6, s.cpu*1e9))
-		}
-	}
-	slices.Sort(parts)
-	b.Logf("%s: %s; load %s", what, strings.Join(parts, ", "), load())
-}
-
-const small, large = 4 << 10, 1 << 20
-
-var (
-	sequential = job{Workers: 1, Block: large}
-	oneAtATime = job{Workers: 1, Block: small, Random: true}
-	many       = job{Workers: 16, Block: small, Random: true}
-)
-
-// once runs f as a benchmark that is measured by what it reports.
-func once(b *testing.B, f func()) {
-	for b.Loop() {
-		f()
-	}
-	b.ReportMetric(0, "ns/op")
-}
-
 // ours is a mount of the chain in which the disk of point n is open.
 func (m *mountBench) ours(b *testing.B, n int) (*server, string) {
 	b.Helper()
@@ -242,17 +138,25 @@ func (m *mountBench) pages(b *testing.B) string {
 	return to.Name()
 }
 
+// viaServer is a way to read what a server has.
+func viaServer(name string, s *server) way {
+	return way{name: name, files: []string{s.mount}, server: s}
+}
+
 func (m *mountBench) warm(b *testing.B, n int) {
 	mount, file := m.ours(b, n)
-	daemon := serveDaemon(b, m.chain.image(n))
-	same(b, file, daemon.mount)
-	ours, theirs := way{name: "ours", files: []string{file}, server: mount}, way{name: "daemon", files: []string{daemon.mount}, server: daemon}
+	daemon, nbdfuse, nbdkit := serveDaemon(b, m.chain.image(n)), serveNBD(b, m.chain.image(n), false), serveNBD(b, m.chain.image(n), true)
+	for _, s := range []*server{daemon, nbdfuse, nbdkit} {
+		same(b, file, s.mount)
+	}
+	ours := way{name: "ours", files: []string{file}, server: mount}
+	peers := []way{viaServer("daemon", daemon), viaServer("nbdfuse", nbdfuse), viaServer("nbdkit", nbdkit)}
 	raw := way{name: "raw", files: []string{m.raw}, keep: true}
 	job{Workers: 1, Block: large, Files: raw.files, Keep: true}.read(b) // it is in the cache now, too
 	once(b, func() {
-		try(b, sequential, raw, theirs, ours).report(b, "seq", "daemon", "raw")
-		try(b, oneAtATime, theirs, ours).report(b, "qd1", "daemon")
-		try(b, many, theirs, ours).report(b, "qd16", "daemon")
+		try(b, sequential, append(peers, raw, ours)...).report(b, "seq", "daemon", "nbdfuse", "nbdkit", "raw")
+		try(b, oneAtATime, append(peers, ours)...).report(b, "qd1", "daemon", "nbdfuse", "nbdkit")
+		try(b, many, append(peers, ours)...).report(b, "qd16", "daemon", "nbdfuse", "nbdkit")
 		ours.keep = true
 		job{Workers: 1, Block: large, Files: ours.files}.read(b)
 		pages := way{name: "pages", files: []string{m.pages(b)}, keep: true}
@@ -264,11 +168,13 @@ func (m *mountBench) cold(b *testing.B, n int) {
 	mount, file := m.ours(b, n)
 	images := m.chain.images(n)
 	ours := way{name: "ours", files: []string{file}, server: mount, backing: images}
+	daemon := viaServer("daemon", serveDaemon(b, m.chain.image(n)))
+	daemon.backing = images
 	backing := way{name: "backing", files: images, backing: images}
 	once(b, func() {
-		try(b, sequential, backing, ours).report(b, "seq", "backing")
-		try(b, oneAtATime, backing, ours).report(b, "qd1", "backing")
-		try(b, many, backing, ours).report(b, "qd16", "backing")
+		try(b, sequential, backing, daemon, ours).report(b, "seq", "backing", "daemon")
+		try(b, oneAtATime, backing, daemon, ours).report(b, "qd1", "backing", "daemon")
+		try(b, many, backing, daemon, ours).report(b, "qd16", "backing", "daemon")
 	})
 }
 
@@ -282,83 +188,26 @@ func (m *mountBench) flat(b *testing.B, n int) {
 	once(b, func() {
 		t := try(b, sequential, one, ours)
 		t.report(b, "seq", "one")
-		_, cpu := t.x("ours", "one")
-		b.ReportMetric(cpu, "cpu-x-one")
+		t.reportCPU(b, "one")
 		try(b, many, one, ours).report(b, "qd16", "one")
 	})
-}
-
-func (m *mountBench) open(b *testing.B) {
-	var took, first, memory []float64
-	last := string(m.chain.points[len(m.chain.points)-1].ID)
-	for b.Loop() {
-		for range *mountRounds {
-			began := time.Now()
-			s := serveMount(b, m.program, m.chain.dir())
-			ready := time.Now()
-			held := hold(b, s.disk(last))
-			took, first = append(took, milliseconds(time.Since(began))), append(first, milliseconds(time.Since(ready)))
-
-			// Points that are open at once share what their chains do.
-			before := s.resident()
-			points := m.chain.points[:len(m.chain.points)-1]
-			points = points[max(0, len(points)-100):]
-			for _, p := range points {
-				held := hold(b, s.disk(string(p.ID)))
-				defer held.Close()
-			}
-			if len(points) > 0 {
-				memory = append(memory, float64(s.resident()-before)/1e6/float64(len(points)))
-			}
-			_ = held.Close()
-		}
-	}
-	b.ReportMetric(median(took), "first-byte-ms")
-	b.ReportMetric(median(first), "of-which-opened-ms")
-	if len(memory) > 0 {
-		b.ReportMetric(median(memory), "point-MB")
-	}
-	b.ReportMetric(0, "ns/op")
-}
-
-func (m *mountBench) huge(b *testing.B) {
-	set := m.folder(b, "huge-")
-	pattern := hugeSet(b, set)
-	var took, memory []float64
-	for b.Loop() {
-		began := time.Now()
-		s := serveMount(b, m.program, set)
-		found, err := filepath.Glob(filepath.Join(s.mount, pattern))
-		if err != nil || len(found) != 1 {
-			b.Fatalf("%v in the mount, %v", found, err)
-		}
-		held := hold(b, found[0])
-		took = append(took, milliseconds(time.Since(began)))
-		// So many reads that they come to every part of the map.
-		job{Files: found, Workers: 16, Block: small, Random: true, For: 4 * *mountWindow, Seed: 1}.read(b)
-		memory = append(memory, float64(s.resident())/1e6)
-		_ = held.Close()
-	}
-	b.ReportMetric(median(took), "first-byte-ms")
-	b.ReportMetric(median(memory), "resident-MB")
-	b.ReportMetric(0, "ns/op")
 }
 
 func (m *mountBench) compressed(b *testing.B, compression string) {
 	dir := m.folder(b, "compressed-")
 	raw := filepath.Join(dir, "raw")
-	words(b, raw, 256<<20)
+	words(b, raw, int(bytesOf(b, *mountText)))
 	c := newMountChain(b, m.folder(b, "repository-"))
 	c.full(raw, compression)
 	mount := serveMount(b, m.program, c.dir())
 	file := mount.disk(string(c.points[0].ID))
-	daemon := serveDaemon(b, c.image(0))
+	daemon, nbdfuse := viaServer("daemon", serveDaemon(b, c.image(0))), viaServer("nbdfuse", serveNBD(b, c.image(0), false))
 	same(b, file, raw)
 	once(b, func() {
-		ours, theirs := way{name: "ours", files: []string{file}, server: mount}, way{name: "daemon", files: []string{daemon.mount}, server: daemon}
-		try(b, sequential, theirs, ours).report(b, "seq", "daemon")
-		try(b, oneAtATime, theirs, ours).report(b, "qd1", "daemon")
-		try(b, many, theirs, ours).report(b, "qd16", "daemon")
+		ours := way{name: "ours", files: []string{file}, server: mount}
+		try(b, sequential, daemon, nbdfuse, ours).report(b, "seq", "daemon", "nbdfuse")
+		try(b, oneAtATime, daemon, nbdfuse, ours).report(b, "qd1", "daemon", "nbdfuse")
+		try(b, many, daemon, nbdfuse, ours).report(b, "qd16", "daemon", "nbdfuse")
 	})
 }
 
@@ -397,27 +246,22 @@ func (m *mountBench) tar(b *testing.B) {
 		{"raw", raw, []string{raw}},
 		{"ours", mount.disk(string(c.points[len(c.points)-1].ID)), c.images(len(c.points) - 1)},
 	}
-	x := map[string][]float64{}
-	for b.Loop() {
+	r := rounds{}
+	once(b, func() {
 		for _, temperature := range []string{"warm", "cold"} {
 			for round := range *mountRounds {
-				took := map[string]float64{}
 				for i := range ways {
 					w := ways[(i+round)%len(ways)]
 					if temperature == "cold" {
 						dropCache(b, w.backing...)
 					}
-					took[w.name] = pack(b, w.file)
+					r.add(w.name+"-tar-"+temperature, pack(b, w.file))
 				}
-				x[temperature] = append(x[temperature], took["ours"]/took["raw"])
-				b.Logf("%s: ours %.2f s, raw %.2f s; load %s", temperature, took["ours"], took["raw"], load())
 			}
 		}
-	}
-	for temperature, values := range x {
-		b.ReportMetric(median(values), temperature+"-tar-x-raw")
-	}
-	b.ReportMetric(0, "ns/op")
+	})
+	record(b, r.beside("tar-warm", "s", "raw"), r.beside("tar-cold", "s", "raw"))
+	b.Logf("%v; load %s", r, load())
 }
 
 // pack mounts the file system in a file and returns how long tar takes to read it, in seconds.

@@ -205,8 +205,8 @@ func words(b *testing.B, path string, size int) {
 }
 
 // hugeSet makes a set as qmpbackup does, of one point with a disk of 1 TiB and 200,000 clusters here and there, whose data
-// are holes in the image. It returns the path of the disk in a mount, as a pattern.
-func hugeSet(b *testing.B, dir string) (pattern string) {
+// are holes in the image. It returns the path of the disk in a mount, as a pattern, and that of the image.
+func hugeSet(b *testing.B, dir string) (pattern, image string) {
 	b.Helper()
 	const size, clusters = 1 << 40, 200_000
 	rnd := rand.New(rand.NewPCG(1, 1))
@@ -230,6 +230,7 @@ func hugeSet(b *testing.B, dir string) (pattern string) {
 			b.Fatal(err)
 		}
 	}
-	imagetest.Build(b, filepath.Join(folder, "FULL-1700000000-"+mountDisk), 16, size, guest, func(int) []byte { return nil })
-	return filepath.Join("*", "2*", mountDisk+".raw")
+	image = filepath.Join(folder, "FULL-1700000000-"+mountDisk)
+	imagetest.Build(b, image, 16, size, guest, func(int) []byte { return nil })
+	return filepath.Join("*", "2*", mountDisk+".raw"), image
 }

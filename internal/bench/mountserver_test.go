@@ -3,6 +3,7 @@ package bench
 import (
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,8 +19,12 @@ import (
 type server struct {
 	b     *testing.B
 	cmd   *exec.Cmd
-	mount string
+	mount string // what it serves: a folder or a file
+	place string // where it is mounted
 	said  strings.Builder
+	under []*server // which it gets its data from
+	// unmounting ends it; a signal would be a failure to it.
+	unmounting bool
 }
 
 // serverLimit bounds how long a server may take to come up, and to end.
@@ -28,7 +33,7 @@ const serverLimit = time.Minute
 // serve starts a program that mounts at a path, and waits until ready.
 func serve(b *testing.B, mount string, ready func() bool, program string, args ...string) *server {
 	b.Helper()
-	s := &server{b: b, mount: mount, cmd: exec.Command(program, args...)}
+	s := &server{b: b, mount: mount, place: mount, cmd: exec.Command(program, args...)}
 	s.cmd.Stderr = &s.said
 	// In a group of its own: what interrupts the benchmark leaves its end to us.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -45,19 +50,26 @@ func serve(b *testing.B, mount string, ready func() bool, program string, args .
 	return s
 }
 
-// stop unmounts and waits for the end.
+// stop unmounts, and waits for the end of the server and of those under it.
 func (s *server) stop() {
 	if s.cmd == nil {
 		return
 	}
-	_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	if s.unmounting {
+		_ = exec.Command("fusermount3", "-u", s.place).Run() // if it fails, the kill comes
+	} else {
+		_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	}
 	kill := time.AfterFunc(serverLimit, func() { _ = s.cmd.Process.Kill() })
 	if err := s.cmd.Wait(); err != nil {
 		s.b.Errorf("%s: %v: %s", s.cmd.Path, err, s.said.String())
 	}
 	kill.Stop()
-	_ = unix.Unmount(s.mount, unix.MNT_DETACH) // what a server that was killed leaves
+	_ = unix.Unmount(s.place, unix.MNT_DETACH) // what a server that was killed leaves
 	s.cmd = nil
+	for _, below := range s.under {
+		below.stop()
+	}
 }
 
 // serveMount mounts a set with qmchain-fuse.
@@ -91,14 +103,55 @@ func serveDaemon(b *testing.B, image string) *server {
 		"--export", "type=fuse,id=export,node-name=disk,writable=off,mountpoint="+strings.ReplaceAll(file, ",", ",,"))
 }
 
+// serveNBD exports an image with qemu-nbd, and makes a file of that with nbdfuse; with nbdkit as a proxy between the two, if
+// asked for. The mount is the file.
+func serveNBD(b *testing.B, image string, nbdkit bool) *server {
+	b.Helper()
+	// Sockets' paths must be short, and those of benchmarks' folders are not.
+	dir, err := os.MkdirTemp("", "nbd-")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	// A socket is there before it takes connections.
+	listens := func(socket string) func() bool {
+		return func() bool {
+			c, err := net.Dial("unix", socket)
+			if err == nil {
+				_ = c.Close()
+			}
+			return err == nil
+		}
+	}
+	socket := filepath.Join(dir, "qemu")
+	servers := []*server{serve(b, dir, listens(socket), "qemu-nbd", "--read-only", "--persistent", "--shared=0", "--format=qcow2", "--socket="+socket, image)}
+	if nbdkit {
+		proxy := filepath.Join(dir, "nbdkit")
+		servers = append(servers, serve(b, dir, listens(proxy), "nbdkit", "--foreground", "--readonly", "--unix", proxy, "nbd", "socket="+socket))
+		socket = proxy
+	}
+	mnt := filepath.Join(dir, "mnt")
+	if err := os.Mkdir(mnt, 0o700); err != nil {
+		b.Fatal(err)
+	}
+	file := filepath.Join(mnt, "disk")
+	there := func() bool { _, err := os.Stat(file); return err == nil }
+	s := serve(b, mnt, there, "nbdfuse", "--readonly", file, "--unix", socket)
+	s.mount, s.place, s.under, s.unmounting = file, mnt, servers, true
+	return s
+}
+
 // disk is the path of a point's disk in a mount.
 func (s *server) disk(point string) string {
 	return filepath.Join(s.mount, mountGuest, point, mountDisk+".raw")
 }
 
-// cpu is what the server took of the processors so far, in seconds.
-func (s *server) cpu() float64 {
+// cpu is what the server and those under it took of the processors so far, in seconds.
+func (s *server) cpu() (seconds float64) {
 	s.b.Helper()
+	for _, below := range s.under {
+		seconds += below.cpu()
+	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
 	if err != nil {
 		s.b.Fatal(err)
@@ -108,12 +161,15 @@ func (s *server) cpu() float64 {
 	if _, err := fmt.Sscan(fields[11]+" "+fields[12], &user, &system); err != nil {
 		s.b.Fatal(err)
 	}
-	return (user + system) / 100 // USER_HZ, the same on all of Linux's platforms for Go
+	return seconds + (user+system)/100 // USER_HZ, the same on all of Linux's platforms for Go
 }
 
-// resident is the memory that the server has, in bytes.
-func (s *server) resident() int64 {
+// resident is the memory that the server and those under it have, in bytes.
+func (s *server) resident() (bytes int64) {
 	s.b.Helper()
+	for _, below := range s.under {
+		bytes += below.resident()
+	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
 	if err != nil {
 		s.b.Fatal(err)
@@ -121,7 +177,7 @@ func (s *server) resident() int64 {
 	for line := range strings.Lines(string(text)) {
 		var kib int64
 		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kib); err == nil {
-			return kib << 10
+			return bytes + kib<<10
 		}
 	}
 	s.b.Fatalf("no VmRSS in %s", text)

@@ -38,15 +38,13 @@ var (
 //
 // It reports the medians of
 //
-//	ours-s, qemu-s, cp-s       seconds
-//	ours-s/GiB                 seconds for a GiB of data: flat, whatever the chain's length
-//	qemu-x, cp-x               how many times as long as ours the others took, of each round
-//	qemu-nosync-x, cp-nosync-x the same without their syncs, but with ours
-//	qemu-cpu-x, cp-cpu-x       how many times as much of the processors' time, which other load changes less
-//	peak-MB                    the most memory that ours took
+//	image-s                 seconds that ours took; image-x-qemu, image-x-cp: how many times as long the others did
+//	nosync-x-qemu, -x-cp    the same without their syncs, but with ours
+//	image-cpu-x-qemu, -cp   how many times as much of the processors' time they took, which other load changes less
+//	per-GiB-s               seconds for a GiB of data: flat, whatever the chain's length
+//	peak-MB                 the most memory that ours took
 //
-// What is wanted: qemu-x of 3 and more from 30 points on where the processor is what limits, never below 1; cp-x near 1;
-// peak-MB below 200. With -restore-dir on a tmpfs the disk does not count.
+// What is wanted stands in package figures. With -restore-dir on a tmpfs the disk does not count.
 func BenchmarkRestore(b *testing.B) {
 	dir := cmp.Or(*restoreDir, b.TempDir())
 	program := filepath.Join(b.TempDir(), "qmchain-restore")
@@ -145,16 +143,15 @@ type restoring struct {
 	guest        *repotest.Guest
 	id           chain.ID
 
-	data    int64 // bytes
-	peak    float64
-	seconds map[string][]float64 // by metric
+	data   int64 // bytes
+	rounds rounds
 }
 
 func (r *restoring) file(name string) string { return filepath.Join(r.dir, "restored-"+name+".raw") }
 
 func (r *restoring) ours(out string) {
 	peak := peak(r.b, r.program, "-q", "image", "--repo", r.guest.Repo.Dir, "web/"+string(r.id), "--output", out)
-	r.peak = max(r.peak, float64(peak)/1e6)
+	r.rounds.add("peak", float64(peak)/1e6)
 }
 
 func (r *restoring) qemu(out string) {
@@ -172,6 +169,7 @@ func (r *restoring) run(name string, args ...string) {
 
 // warm brings everything into the page cache, and makes sure that both restore the same.
 func (r *restoring) warm() {
+	r.rounds = rounds{}
 	other := r.file("other")
 	r.qemu(other)
 	r.ours(r.file("kept"))
@@ -183,7 +181,6 @@ func (r *restoring) warm() {
 	}
 	r.data = info.Sys().(*syscall.Stat_t).Blocks * 512
 	_ = os.Remove(other)
-	r.seconds = map[string][]float64{}
 }
 
 // round times each way once. Which one is first changes from round to round.
@@ -192,28 +189,18 @@ func (r *restoring) round(n int) {
 		name string
 		f    func(out string)
 	}{{"ours", r.ours}, {"qemu", r.qemu}, {"cp", r.cp}}
-	took, synced, cpu := map[string]float64{}, map[string]float64{}, map[string]float64{}
 	for i := range ways {
 		way := ways[(i+n)%len(ways)]
 		out := r.file(way.name)
 		began, used := time.Now(), childrenCPU(r.b)
 		way.f(out)
-		took[way.name] = time.Since(began).Seconds()
+		r.rounds.add(way.name+"-nosync", time.Since(began).Seconds())
 		r.run("sync", out)
-		synced[way.name] = time.Since(began).Seconds()
-		cpu[way.name] = childrenCPU(r.b) - used
+		r.rounds.add(way.name+"-image", time.Since(began).Seconds())
+		r.rounds.add(way.name+"-image-cpu", childrenCPU(r.b)-used)
 		if err := os.Remove(out); err != nil {
 			r.b.Fatal(err)
 		}
-	}
-	note := func(metric string, value float64) { r.seconds[metric] = append(r.seconds[metric], value) }
-	note("ours-s", took["ours"])
-	note("ours-s/GiB", took["ours"]/(float64(r.data)/(1<<30)))
-	for _, other := range []string{"qemu", "cp"} {
-		note(other+"-s", synced[other])
-		note(other+"-x", synced[other]/took["ours"])
-		note(other+"-nosync-x", took[other]/took["ours"])
-		note(other+"-cpu-x", cpu[other]/cpu["ours"])
 	}
 }
 
@@ -228,9 +215,13 @@ func childrenCPU(b *testing.B) float64 {
 }
 
 func (r *restoring) report() {
-	for metric, values := range r.seconds {
-		r.b.ReportMetric(median(values), metric)
+	for _, s := range r.rounds["ours-nosync"] { // ours syncs by itself
+		r.rounds.add("per-GiB", s/(float64(r.data)/(1<<30)))
 	}
-	r.b.ReportMetric(r.peak, "peak-MB")
-	r.b.Logf("%s of data; ours %.2f s; load %s", humanize.IBytes(uint64(r.data)), r.seconds["ours-s"], load())
+	r.rounds["ours-image"] = r.rounds["ours-nosync"]
+	for _, other := range []string{"qemu", "cp"} {
+		record(r.b, r.rounds.beside("image", "s", other), r.rounds.beside("nosync", "s", other), r.rounds.beside("image-cpu", "s", other))
+	}
+	record(r.b, r.rounds.alone("per-GiB", "s"), r.rounds.alone("peak", "MB"))
+	r.b.Logf("%s of data; ours %.2f s; load %s", humanize.IBytes(uint64(r.data)), r.rounds["ours-image"], load())
 }
