@@ -142,6 +142,9 @@ func NewPlan(point Point, o Options, site Site) (*Plan, error) {
 			p.planOption(key, point.Config.Options[key], o, site)
 		}
 	}
+	if keys := p.reaching(site.Socket); len(keys) > 0 {
+		p.note(false, "%s: taken over from the backup, and what is in there reaches into this host", strings.Join(keys, ", "))
+	}
 	p.Options["vmgenid"] = p.VMGenID
 	p.noGenID = slices.Contains([]string{"", "0"}, point.Config.Options["vmgenid"])
 	if p.last["boot"] == "" {
@@ -200,6 +203,25 @@ func (p *Plan) planOption(key, value string, o Options, site Site) {
 		value = uuidRE.ReplaceAllString(value, "${1}uuid="+site.NewUUID())
 	}
 	p.Options[key] = value
+}
+
+// hostOptionRE are options that give a VM devices, folders or programs of the host; PVE lets hardly anybody but root set them.
+var hostOptionRE = regexp.MustCompile(`^(args|hookscript|(hostpci|usb|serial|parallel|virtiofs)[0-9]+)$`)
+
+// reaching returns the options that reach into the host, but for our own socket and what is of the display alone.
+func (p *Plan) reaching(socket proxmox.Socket) (keys []string) {
+	for _, key := range slices.Sorted(maps.Keys(p.Options)) {
+		value := p.Options[key]
+		if key == "args" {
+			if others, err := socket.Remove(value); err == nil {
+				value = others
+			}
+		}
+		if hostOptionRE.MatchString(key) && strings.TrimSpace(value) != "" && value != "socket" && !strings.HasPrefix(strings.TrimPrefix(value, "host="), "spice") {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 // args has the backup socket of another VM made that of this one.
