@@ -611,7 +611,7 @@ func (l *listing) listFiles(p tree.Point) ([]tree.Node, error) {
 	var nodes []tree.Node
 	for _, f := range files {
 		if f.path != chain.ManifestFile {
-			nodes = append(nodes, tree.GuestFile(p.Manifest.UUID, f.path, f.stat))
+			nodes = append(nodes, tree.GuestFile(l.guest, p.Manifest.UUID, f.path, f.stat))
 		}
 	}
 	return nodes, nil

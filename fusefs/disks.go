@@ -35,7 +35,9 @@ type disks struct {
 	opened, reopened atomic.Uint64
 }
 
-type diskKey struct{ uuid, disk string }
+// diskKey is a disk of a point. With the guest: sets beside each other can have points with the same uuid, as copies of one
+// another have, and as those of other programs get it from their names.
+type diskKey struct{ guest, uuid, disk string }
 
 // openDisk is an image with the number of those who use it; ready is closed when it is open or err is set. It reads like
 // the image, and opens that anew when the files that it is made of can't be read any more.
@@ -68,7 +70,7 @@ func newDisks(c *catalog, options image.PoolOptions) *disks {
 
 // acquire opens a disk, or shares it with who has it open. Each call that succeeds needs one of release.
 func (d *disks) acquire(p tree.Place, disk string) (*openDisk, error) {
-	key := diskKey{p.UUID, disk}
+	key := diskKey{p.Guest, p.UUID, disk}
 	d.mu.Lock()
 	if d.ended {
 		d.mu.Unlock()

@@ -46,6 +46,9 @@ func (e *entries) Readdirent(ctx context.Context) (*fuse.DirEntry, syscall.Errno
 }
 
 func (e *entries) Seekdir(ctx context.Context, off uint64) syscall.Errno {
+	if off == 0 {
+		e.list = nil // rewinddir(3): what there is now
+	}
 	if errno := e.make(ctx); errno != 0 {
 		return errno
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -277,6 +278,35 @@ func TestSeveralSets(t *testing.T) {
 	if got := attribute(t, m.path("web"), "source"); got != "qmpbackup" {
 		t.Errorf("kind %q", got)
 	}
+
+	// A copy of the repository is not taken for the original, though all its points have the same ids.
+	other := filepath.Join(dir, "copy")
+	if out, err := exec.Command("cp", "-a", filepath.Join(dir, "repo"), other).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	images := must(filepath.Glob(filepath.Join(other, "110/images/*.qcow2")))(t)
+	for _, image := range images {
+		if err := os.Truncate(image, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the copy is there", func() bool {
+		_, err := os.Stat(m.path("copy.110"))
+		return err == nil
+	})
+	if got := must(digestOf(m.path("repo.110", "latest", "scsi0.raw")))(t); got != want {
+		t.Error("the original has other content beside its copy")
+	}
+	if _, err := digestOf(m.path("copy.110", "latest", "scsi0.raw")); err == nil {
+		t.Error("a destroyed copy can be read")
+	}
+	if err := os.RemoveAll(other); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the name is plain again", func() bool {
+		_, err := os.Stat(latest)
+		return err == nil
+	})
 
 	away := filepath.Join(dir, ".away")
 	if err := errors.Join(os.Rename(filepath.Join(dir, "repo"), away), os.Mkdir(filepath.Join(dir, "repo"), 0o700)); err != nil {

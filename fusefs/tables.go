@@ -98,7 +98,7 @@ func (t *tables) of(ctx context.Context, p tree.Place, disks []string) map[strin
 
 // ask returns the table of a disk, which may still be being read.
 func (t *tables) ask(p tree.Place, disk string) *table {
-	key := diskKey{p.UUID, disk}
+	key := diskKey{p.Guest, p.UUID, disk}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e := t.known[key]; e != nil && !t.outdated(e) {

@@ -57,7 +57,7 @@ func TestTables(t *testing.T) {
 		close(done)
 		tables.mu.Lock()
 		tables.makeRoom()
-		tables.known[diskKey{"another", string(rune(i))}] = &table{done: done}
+		tables.known[diskKey{"110", "another", string(rune(i))}] = &table{done: done}
 		tables.mu.Unlock()
 	}
 	if n := len(tables.known); n > maxTables {

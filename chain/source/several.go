@@ -1,6 +1,7 @@
 package source
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,29 +26,42 @@ const (
 	maxFolders = 4096
 	// lookAgain is how long a folder that is no set is taken for none although something may have come in a folder of it.
 	lookAgain = 30 * time.Second
+	// lookPatience is how long a look waits for folders that don't answer. What is known of them holds until then.
+	lookPatience = 2 * time.Second
 )
 
-// ErrAway means that a set is not where it was.
+// ErrAway means that a set is not where it was, or can't be opened.
 var ErrAway = errors.New("the backups are out of reach")
 
 // OpenAll opens the set in a directory, or, where there is none, those in its folders, as one set of the kind Several: a
 // repository beside folders of qmpbackup, of which each has one guest. Sets that come and go are noticed when its guests
-// are asked for. A guest has its own name, but FOLDER.NAME where sets have guests of the same name. Where a folder is there
-// and its set is not any more, as of a share that is unmounted, its guests stay and can't be read: that wraps ErrAway. A
-// directory without any set wraps repo.ErrNotRepository.
+// are asked for.
+//
+// A guest has its own name. Where sets have guests of the same name, all have FOLDER.NAME. Where a folder is there and its set
+// is not any more, as of a share that is unmounted, its guests stay and can't be read: that wraps ErrAway. So does a set that
+// can't be opened, which stands there as a guest with its folder's name. One folder that hangs is waited for a moment, and
+// only by those who ask for it. A directory without any set wraps repo.ErrNotRepository.
 func OpenAll(dir string) (Set, error) {
 	set, err := Open(dir)
 	if !errors.Is(err, repo.ErrNotRepository) {
 		return set, err
 	}
-	s := &several{dir: dir, now: time.Now, parts: map[string]*part{}, refused: map[string]refusal{}}
+	s := &several{dir: dir, now: time.Now, parts: map[string]*part{}}
 	if lookErr := s.look(); lookErr != nil {
 		return nil, lookErr
 	}
-	if len(s.parts) == 0 {
-		return nil, err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var broken error
+	for _, p := range s.parts {
+		if p.set != nil {
+			return s, nil
+		}
+		if p.err != nil {
+			broken = p.err
+		}
 	}
-	return s, nil
+	return nil, cmp.Or(broken, err)
 }
 
 // several are the sets in the folders of a folder.
@@ -55,42 +69,32 @@ type several struct {
 	dir string
 	now func() time.Time
 
-	looking sync.Mutex       // held while the folders are looked at, where a share among them can hang
-	parts   map[string]*part // by their folders' names
-	refused map[string]refusal
-
-	mu     sync.Mutex
-	guests map[string]member
+	mu     sync.Mutex // never held while a file system is asked
+	parts  map[string]*part
+	closed bool
 }
 
-// part is a set in a folder.
+// part is what is known of a folder.
 type part struct {
-	Set
-	at     identity
+	busy bool // somebody looks at it, and may hang
+
+	set    Set // as it was opened last; nil: it never was a set
+	id     string
+	at     identity // of set, or of what was looked at last
 	guests []string // when it was looked at last
+	err    error    // why it can't be read
+
+	refused time.Time // when it was no set; else zero
 }
 
-// there tells whether the directory that the set was opened in is still in its place.
-func (p *part) there() bool {
-	_, at, err := lookAt(p.Dir())
-	return err == nil && at == p.at
+// identity tells a directory from another one that takes its place: a share that is unmounted, and mounted again. Numbers of
+// devices are given to the next one as soon as they are free, so of a repository its own file counts too.
+type identity struct {
+	dev, ino    uint64
+	mtime       time.Time // of a folder that is no set
+	head        uint64    // inode number of the repository's file
+	headChanged time.Time
 }
-
-// member is where a guest is.
-type member struct {
-	part *part
-	name string // there
-}
-
-// refusal is a folder that was no set.
-type refusal struct {
-	at    identity
-	mtime time.Time
-	when  time.Time
-}
-
-// identity tells a directory from another one that takes its place: a share that is unmounted, and mounted again.
-type identity struct{ dev, ino uint64 }
 
 var _ Set = (*several)(nil)
 
@@ -98,57 +102,46 @@ func (s *several) Dir() string { return s.dir }
 func (s *several) Kind() Kind  { return Several }
 
 func (s *several) Close() error {
-	s.looking.Lock()
-	defer s.looking.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
 	var errs []error
 	for _, p := range s.parts {
-		errs = append(errs, p.Close())
+		if p.set != nil {
+			errs = append(errs, p.set.Close())
+		}
 	}
 	return errors.Join(errs...)
 }
 
-// Guests is what there was at the last look while another one is under way.
 func (s *several) Guests() ([]string, error) {
-	if s.looking.TryLock() {
-		err := s.look()
-		s.looking.Unlock()
-		if err != nil {
-			return nil, err
-		}
+	if err := s.look(); err != nil {
+		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Sorted(maps.Keys(s.guests)), nil
+	return slices.Sorted(maps.Keys(s.named())), nil
 }
 
 func (s *several) Guest(name string) (Guest, error) {
-	m, ok := s.member(name)
-	if !ok || !m.part.there() {
-		s.looking.Lock()
-		err := s.look()
-		s.looking.Unlock()
-		if err != nil {
+	m, ok := s.named()[name]
+	if !ok || m.set == nil || !isThere(m.set, m.at) {
+		if err := s.look(); err != nil {
 			return nil, err
 		}
-		if m, ok = s.member(name); !ok {
+		if m, ok = s.named()[name]; !ok {
 			return nil, fmt.Errorf("guest %q: %w: no set in %s has backups of it", name, chain.ErrNoPoint, s.dir)
 		}
-		if !m.part.there() {
-			return nil, fmt.Errorf("guest %q: %s: %w", name, m.part.Dir(), ErrAway)
+		if m.err == nil && !isThere(m.set, m.at) {
+			m.err = errors.New("it does not answer")
+		}
+		if m.err != nil {
+			return nil, fmt.Errorf("guest %q: %s: %w: %v", name, filepath.Join(s.dir, m.folder), ErrAway, m.err) //nolint:errorlint // fs.ErrNotExist, as it may be, would be taken for that of a file
 		}
 	}
-	g, err := m.part.Guest(m.name)
-	if err != nil || m.name == name {
+	g, err := m.set.Guest(m.guest)
+	if err != nil || m.guest == name {
 		return g, err
 	}
 	return renamed{g, name}, nil
-}
-
-func (s *several) member(name string) (member, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	m, ok := s.guests[name]
-	return m, ok
 }
 
 // renamed is a guest under another name than its own.
@@ -159,86 +152,196 @@ type renamed struct {
 
 func (g renamed) Name() string { return g.name }
 
-// look finds out which sets and guests there are now. The caller holds looking.
-func (s *several) look() error {
-	folders, err := foldersIn(s.dir)
-	if err != nil {
-		return err
+// member is where a guest is.
+type member struct {
+	folder, guest string
+	set           Set // nil: it can't be opened
+	at            identity
+	err           error
+}
+
+// named gives the guests of all sets their names.
+func (s *several) named() map[string]member {
+	s.mu.Lock()
+	var all []member
+	for folder, p := range s.parts {
+		for _, g := range p.guests {
+			all = append(all, member{folder, g, p.set, p.at, p.err})
+		}
+		if p.set == nil && p.err != nil {
+			all = append(all, member{folder: folder, err: p.err})
+		}
 	}
+	s.mu.Unlock()
+	plain := map[string]int{}
+	for _, m := range all {
+		plain[m.plain()]++
+	}
+	names := make(map[string]member, len(all))
+	slices.SortFunc(all, func(a, b member) int {
+		return cmp.Or(strings.Compare(a.folder, b.folder), strings.Compare(a.guest, b.guest))
+	})
+	for _, m := range all {
+		name := m.plain()
+		if plain[name] > 1 && m.guest != "" {
+			name = m.folder + "." + m.guest
+		}
+		if other, taken := names[name]; taken { // also by one that is called so by itself: neither may pass for the other
+			other.set, other.err = nil, fmt.Errorf("guests in %s and %s would have the same name", other.folder, m.folder)
+			names[name] = other
+			continue
+		}
+		names[name] = m
+	}
+	return names
+}
+
+func (m member) plain() string { return cmp.Or(m.guest, m.folder) }
+
+// look looks at all folders at once, and no longer than lookPatience.
+func (s *several) look() error {
+	type listed struct {
+		names []string
+		err   error
+	}
+	listing := make(chan listed, 1)
+	go func() {
+		names, err := foldersIn(s.dir)
+		listing <- listed{names, err}
+	}()
+	patience := time.NewTimer(lookPatience)
+	defer patience.Stop()
+	var folders []string
+	select {
+	case l := <-listing:
+		if l.err != nil {
+			return l.err
+		}
+		folders = l.names
+	case <-patience.C:
+		return fmt.Errorf("%s: %w: it does not answer", s.dir, ErrAway)
+	}
+
+	var looks sync.WaitGroup
+	s.mu.Lock()
 	for name, p := range s.parts {
-		if !slices.Contains(folders, name) {
-			_ = p.Close()
+		if !slices.Contains(folders, name) && !p.busy { // it was removed
+			if p.set != nil {
+				_ = p.set.Close()
+			}
 			delete(s.parts, name)
 		}
 	}
-	for name := range s.refused {
-		if !slices.Contains(folders, name) {
-			delete(s.refused, name)
-		}
-	}
 	for _, name := range folders {
-		if p := s.parts[name]; p == nil || !p.there() {
-			s.open(name)
+		p := s.parts[name]
+		if p == nil {
+			p = &part{}
+			s.parts[name] = p
+		}
+		if !p.busy {
+			p.busy = true
+			was := *p
+			looks.Go(func() { s.settle(name, was.lookAgain(filepath.Join(s.dir, name), s.now())) })
 		}
 	}
-	return s.name()
+	s.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		looks.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-patience.C:
+	}
+	return nil
 }
 
-// open opens the set in a folder, if there is one.
-func (s *several) open(name string) {
-	dir := filepath.Join(s.dir, name)
-	mtime, at, err := lookAt(dir)
-	if err != nil {
-		return // it has gone again
-	}
-	if r, ok := s.refused[name]; ok && r.at == at && r.mtime.Equal(mtime) && s.now().Sub(r.when) < lookAgain {
-		return
-	}
-	set, err := Open(dir)
-	if err != nil {
-		s.refused[name] = refusal{at, mtime, s.now()}
-		return
-	}
-	delete(s.refused, name)
-	if p := s.parts[name]; p != nil {
-		_ = p.Close() // who still uses it gets an error, as from the directory that it was in
-	}
-	s.parts[name] = &part{Set: set, at: at}
-}
-
-// name gives the guests of all sets their names.
-func (s *several) name() error {
-	type found struct {
-		folder string
-		member
-	}
-	byName := map[string][]found{}
-	for folder, p := range s.parts {
-		if p.there() {
-			names, err := p.Guests()
-			if err != nil {
-				return err
-			}
-			p.guests = names
-		}
-		for _, n := range p.guests {
-			byName[n] = append(byName[n], found{folder, member{p, n}})
-		}
-	}
-	guests := map[string]member{}
-	for name, all := range byName {
-		for _, f := range all {
-			if len(all) > 1 {
-				guests[f.folder+"."+name] = f.member
-			} else {
-				guests[name] = f.member
-			}
-		}
-	}
+// settle puts down what a look has found.
+func (s *several) settle(name string, now part) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.guests = guests
-	return nil
+	was := s.parts[name]
+	switch {
+	case s.closed && now.set != nil && now.set != was.set:
+		_ = now.set.Close()
+		return
+	case was.set != nil && was.set != now.set:
+		_ = was.set.Close() // who still uses it gets an error, as from the directory that it was in
+	}
+	now.busy = false
+	*was = now
+}
+
+// lookAgain looks at the folder of which p is known. It may hang.
+func (p part) lookAgain(dir string, now time.Time) part {
+	if p.set != nil && isThere(p.set, p.at) {
+		guests, err := p.set.Guests()
+		if p.err = err; err == nil {
+			p.guests = guests
+		}
+		return p
+	}
+	at, err := identify(dir, "")
+	if err != nil {
+		p.err = err
+		return p
+	}
+	if p.set == nil && p.err == nil && p.at == at && now.Sub(p.refused) < lookAgain {
+		return p
+	}
+	set, err := Open(dir)
+	if p.set == nil && errors.Is(err, repo.ErrNotRepository) {
+		return part{at: at, refused: now}
+	}
+	if err != nil {
+		p.err = err
+		return p
+	}
+	id := string(set.Kind())
+	if r := Repository(set); r != nil {
+		id += r.ID
+	}
+	if p.set != nil && p.id != id {
+		_ = set.Close()
+		p.err = errors.New("other backups have taken their place")
+		return p
+	}
+	found := part{set: set, id: id}
+	if found.at, err = identify(dir, set.Kind()); err == nil {
+		found.guests, err = set.Guests()
+	}
+	found.err = err
+	return found
+}
+
+// isThere tells whether the directory that the set was opened in is still in its place.
+func isThere(set Set, at identity) bool {
+	now, err := identify(set.Dir(), set.Kind())
+	return err == nil && now == at
+}
+
+// identify tells which directory is at a path now.
+func identify(dir string, kind Kind) (identity, error) {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return identity{}, err
+	}
+	if !info.IsDir() {
+		return identity{}, &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOTDIR}
+	}
+	st := info.Sys().(*syscall.Stat_t)
+	at := identity{dev: st.Dev, ino: st.Ino}
+	switch kind {
+	case "":
+		at.mtime = info.ModTime()
+	case Qmchain:
+		if info, err = os.Lstat(filepath.Join(dir, "qmchain.json")); err != nil {
+			return identity{}, err
+		}
+		at.head, at.headChanged = info.Sys().(*syscall.Stat_t).Ino, info.ModTime()
+	}
+	return at, nil
 }
 
 // foldersIn returns the names of the folders in a directory, but for those that are hidden.
@@ -249,22 +352,12 @@ func foldersIn(dir string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") && len(names) < maxFolders {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
 			names = append(names, e.Name())
 		}
 	}
+	if len(names) > maxFolders {
+		return nil, fmt.Errorf("%s has more than %d folders", dir, maxFolders)
+	}
 	return names, nil
-}
-
-// lookAt tells which directory is at a path now, and when something came or went in it.
-func lookAt(dir string) (mtime time.Time, at identity, err error) {
-	info, err := os.Lstat(dir)
-	if err != nil {
-		return time.Time{}, identity{}, err
-	}
-	if !info.IsDir() {
-		return time.Time{}, identity{}, &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOTDIR}
-	}
-	st := info.Sys().(*syscall.Stat_t)
-	return info.ModTime(), identity{st.Dev, st.Ino}, nil
 }

@@ -1,15 +1,19 @@
 package source_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"qmchain/chain"
 	"qmchain/chain/foreign/foreigntest"
 	"qmchain/chain/repo"
+	"qmchain/chain/repo/repotest"
 	"qmchain/chain/source"
 )
 
@@ -99,4 +103,63 @@ func TestSeveral(t *testing.T) {
 
 	must(t, os.RemoveAll(in("alpha")))
 	guests("110", "hidden", "web")
+}
+
+// No guest passes for another one, and no set for another: names that would be the same, a set that takes another's place, and
+// one that can't be opened are errors.
+func TestSeveralThatClash(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	in := func(name ...string) string { return filepath.Join(append([]string{dir}, name...)...) }
+	mk := func(folder string, guests ...string) {
+		must(t, os.Mkdir(in(folder), 0o700))
+		r := repotest.New(t, in(folder))
+		for _, g := range guests {
+			repotest.NewGuest(t, r, g, time.Date(2026, 11, 20, 10, 15, 23, 0, time.UTC)).Add(repotest.Disk{Name: "vda", Size: size})
+		}
+	}
+	mk("x", "110")
+	mk("y", "110")
+	mk("z", "x.110", "web")
+	set, err := source.OpenAll(dir)
+	must(t, err)
+	t.Cleanup(func() { _ = set.Close() })
+	for range 20 { // maps have no order
+		names, err := set.Guests()
+		if err != nil || !slices.Equal(names, []string{"web", "x.110", "y.110"}) {
+			t.Fatalf("guests %q, %v", names, err)
+		}
+		if _, err := set.Guest("x.110"); !errors.Is(err, source.ErrAway) || !strings.Contains(err.Error(), "same name") {
+			t.Fatalf("a name of two: %v", err)
+		}
+	}
+	look(t, set, "y.110")
+
+	must(t, os.Rename(in("y"), in(".y")))
+	mk("y", "110", "other")
+	for _, name := range []string{"y.110", "other"} {
+		if _, err := set.Guest(name); err == nil {
+			t.Errorf("%s is of a repository that has taken another's place", name)
+		}
+	}
+	must(t, os.RemoveAll(in("y")))
+	must(t, os.Rename(in(".y"), in("y")))
+	look(t, set, "y.110")
+
+	mk("new", "120")
+	head := in("new", "qmchain.json")
+	text, err := os.ReadFile(head)
+	must(t, err)
+	must(t, os.WriteFile(head, bytes.Replace(text, []byte(`"format": 1`), []byte(`"format": 99`), 1), 0o600))
+	if names, err := set.Guests(); err != nil || !slices.Contains(names, "new") {
+		t.Errorf("a set that can't be opened is not shown: %q, %v", names, err)
+	}
+	if _, err := set.Guest("new"); !errors.Is(err, source.ErrAway) || !strings.Contains(err.Error(), "99") {
+		t.Errorf("a set that can't be opened: %v", err)
+	}
+	alone := t.TempDir()
+	must(t, os.Rename(in("new"), filepath.Join(alone, "new")))
+	if _, err := source.OpenAll(alone); err == nil || errors.Is(err, repo.ErrNotRepository) {
+		t.Errorf("alone: %v", err)
+	}
 }

@@ -150,7 +150,7 @@ func Points(guest string, folder Stat, points []Point) []Node {
 func PointFolder(guest string, p Point) Node {
 	m := p.Manifest
 	return Node{
-		Name: string(m.ID), Kind: Dir, Ino: ino("point", m.UUID), Perm: dirPerm(p.Folder), Time: m.Time,
+		Name: string(m.ID), Kind: Dir, Ino: ino("point", guest, m.UUID), Perm: dirPerm(p.Folder), Time: m.Time,
 		Place: Place{Guest: guest, Point: m.ID, UUID: m.UUID},
 	}
 }
@@ -185,21 +185,21 @@ func PointContents(guest string, c Contents) []Node {
 	m := c.Point.Manifest
 	nodes := make([]Node, 0, len(m.Disks)+2)
 	for i := range m.Disks {
-		whole := disk(c, &m.Disks[i])
+		whole := disk(guest, c, &m.Disks[i])
 		nodes = append(nodes, whole)
 		for _, p := range c.Partitions[whole.Disk] {
-			part := partitionOf(m, whole, p)
+			part := partitionOf(guest, m, whole, p)
 			if owner, ok := PartitionDisk(m, part.Name); ok && owner == whole.Disk {
 				nodes = append(nodes, part)
 			}
 		}
 	}
 	if c.Manifest != nil {
-		nodes = append(nodes, passed(m.UUID, chain.ManifestFile, *c.Manifest))
+		nodes = append(nodes, passed(guest, m.UUID, chain.ManifestFile, *c.Manifest))
 	}
 	if c.Files != nil {
 		nodes = append(nodes, Node{
-			Name: FilesFolder, Kind: Dir, Ino: ino("folder", m.UUID, FilesFolder), Perm: dirPerm(c.Files.Perm), Time: c.Files.Time,
+			Name: FilesFolder, Kind: Dir, Ino: ino("folder", guest, m.UUID, FilesFolder), Perm: dirPerm(c.Files.Perm), Time: c.Files.Time,
 			Place: Place{Guest: guest, Point: m.ID, UUID: m.UUID, Files: true},
 		})
 	}
@@ -208,19 +208,19 @@ func PointContents(guest string, c Contents) []Node {
 }
 
 // GuestFile is one of the guest's configuration files in a point. path is where it is in the point's folder.
-func GuestFile(uuid, path string, s Stat) Node { return passed(uuid, path, s) }
+func GuestFile(guest, uuid, path string, s Stat) Node { return passed(guest, uuid, path, s) }
 
-func passed(uuid, path string, s Stat) Node {
+func passed(guest, uuid, path string, s Stat) Node {
 	return Node{
-		Name: path[strings.LastIndexByte(path, '/')+1:], Kind: File, Ino: ino("file", uuid, path), Perm: filePerm(s.Perm),
+		Name: path[strings.LastIndexByte(path, '/')+1:], Kind: File, Ino: ino("file", guest, uuid, path), Perm: filePerm(s.Perm),
 		Size: s.Size, Blocks: s.Blocks, Time: s.Time, Path: path,
 	}
 }
 
-func disk(c Contents, d *chain.Disk) Node {
+func disk(guest string, c Contents, d *chain.Disk) Node {
 	m := c.Point.Manifest
 	n := Node{
-		Name: d.Name + diskSuffix, Kind: Disk, Ino: ino("disk", m.UUID, d.Name),
+		Name: d.Name + diskSuffix, Kind: Disk, Ino: ino("disk", guest, m.UUID, d.Name),
 		Size: d.VirtualSize, Time: m.Time, Disk: d.Name,
 	}
 	layers, err := c.Lineage.Layers(m, d.Name)
@@ -234,10 +234,10 @@ func disk(c Contents, d *chain.Disk) Node {
 }
 
 // partitionOf is a partition of a disk.
-func partitionOf(m *chain.Manifest, disk Node, p partition.Partition) Node {
+func partitionOf(guest string, m *chain.Manifest, disk Node, p partition.Partition) Node {
 	n := disk
 	n.Name = disk.Disk + "-" + p.Name() + diskSuffix
-	n.Ino = ino("partition", m.UUID, disk.Disk, p.Name())
+	n.Ino = ino("partition", guest, m.UUID, disk.Disk, p.Name())
 	n.Size = p.Size
 	// Its share of what is an estimate already, and within the same limits.
 	share := float64(p.Size) / float64(disk.Size) * float64(disk.Blocks)

@@ -221,7 +221,7 @@ func TestInodes(t *testing.T) {
 			add("110/"+string(p.Manifest.ID)+"/", tree.PointContents("110", tree.Contents{
 				Point: p, Lineage: ps, Manifest: &tree.Stat{}, Files: &tree.Stat{}, Image: func(chain.Layer) (tree.Stat, bool) { return tree.Stat{}, false },
 			})...)
-			add("110/"+string(p.Manifest.ID)+"/guest/", tree.GuestFile(p.Manifest.UUID, "guest/point.json", tree.Stat{}))
+			add("110/"+string(p.Manifest.ID)+"/guest/", tree.GuestFile("110", p.Manifest.UUID, "guest/point.json", tree.Stat{}))
 		}
 		return seen
 	}

@@ -268,6 +268,7 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 			g.Verified = &one
 		}
 	}
+	g.suspect(checked.Verified)
 	for _, d := range checked.Drilled {
 		p := byID[string(d.Point)]
 		if p == nil {
@@ -277,6 +278,34 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 		p.Drilled = &one
 		if g.Drilled == nil || one.Time.After(g.Drilled.Time) {
 			g.Drilled = &one
+		}
+	}
+}
+
+// suspect marks what rests on the same images as a point that verify has found damaged, perhaps on the one that is: all points
+// of its chain that were not found good since.
+func (g *Guest) suspect(verified []repo.Verified) {
+	chainOf := map[string]string{} // by point: the first of those that are joined to it
+	for _, p := range g.Points {   // parents first
+		own := p.ID
+		for _, parent := range p.Parents {
+			if c, ok := chainOf[parent]; ok {
+				own = min(own, c)
+			}
+		}
+		chainOf[p.ID] = own
+	}
+	const oneRun = 10 * time.Second // of verify, which notes all points when it is through
+	for _, v := range verified {
+		if v.Good {
+			continue
+		}
+		for i := range g.Points {
+			p := &g.Points[i]
+			since := p.Verified != nil && p.Verified.Good && p.Verified.Time.After(v.Time.Add(-oneRun))
+			if p.ID != string(v.Point) && !p.Removed && chainOf[p.ID] == chainOf[string(v.Point)] && len(p.Damage) == 0 && !since {
+				p.Damage = append(p.Damage, fmt.Sprintf("verify found damage in its chain on %s, at %s: verify it, too", minute(v.Time), v.Point))
+			}
 		}
 	}
 }

@@ -172,8 +172,20 @@ func TestLookDamage(t *testing.T) {
 			func(t *testing.T, g *repotest.Guest) {
 				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[1].ID, Time: began, Why: "scsi0 (a file)"}}})
 			},
-			[]int{1},
-			"verify found on 2026-11-20 10:15 UTC: scsi0 .a file.",
+			[]int{0, 1, 2, 3},
+			"(?s)verify found on 2026-11-20 10:15 UTC: scsi0 .a file..*verify found damage in its chain",
+		},
+		"verify has found it, and others of the chain to be good": {
+			func(t *testing.T, g *repotest.Guest) {
+				checked(t, g, repo.Checked{Verified: []repo.Verified{
+					{Point: g.Points[1].ID, Time: began, Why: "scsi0 (a file)"},
+					{Point: g.Points[0].ID, Time: began, Good: true},
+					{Point: g.Points[3].ID, Time: began.Add(time.Hour), Good: true},
+					{Point: g.Points[2].ID, Time: began.Add(-time.Hour), Good: true}, // before
+				}})
+			},
+			[]int{1, 2},
+			"verify found damage in its chain on 2026-11-20 10:15 UTC, at ",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

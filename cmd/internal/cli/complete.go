@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/alecthomas/kong"
 
@@ -126,7 +127,7 @@ func (p Program) look(words []string, env Env) int {
 	for _, o := range c.offers(unquoted(words[last])) {
 		line := o.Word
 		if o.Help != "" {
-			line += "\t" + strings.Join(strings.Fields(o.Help), " ")
+			line += "\t" + strings.Join(strings.FieldsFunc(o.Help, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }), " ")
 		}
 		_, _ = fmt.Fprintln(out, line)
 	}
@@ -248,7 +249,7 @@ func (c *completion) offers(word string) []Offer {
 	for _, o := range found {
 		if o == OfferFiles {
 			c.fromFile = o.Word
-		} else if strings.HasPrefix(o.Word, word) {
+		} else if strings.HasPrefix(o.Word, word) && plain(o.Word) {
 			offers = append(offers, Offer{prefix + o.Word, o.Help})
 		}
 	}
@@ -259,6 +260,15 @@ func (c *completion) offers(word string) []Offer {
 		offers = append(offers, Offer{Word: ":nospace"})
 	}
 	return offers
+}
+
+// plain tells whether a shell takes a word for what it is. Bash puts what it is offered on the command line as it stands, and
+// names come from repositories, in which others may have written: $(...) would be run. What is not plain is for the user to
+// type, and to quote.
+func plain(word string) bool {
+	return !strings.ContainsFunc(word, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("._/:@%+,=-", r)
+	})
 }
 
 // unfinished tells whether more is to come in the same word.

@@ -67,7 +67,7 @@ func TestLook(t *testing.T) {
 	}
 	p := Program{Name: "sample", Grammar: &g, Common: &g.Common, Explain: func(err error) error { return err }, Complete: Sources{
 		"guest": func(l *Line) []Offer {
-			return []Offer{{"web", "a\nserver"}, {"mail", ""}, {"at/", ""}, {l.Repo(), "the repository"}}
+			return []Offer{{"web", "a\nserver"}, {"mail", ""}, {"at/", ""}, {"$(id)", ""}, {"w b", ""}, {"w;\x1b", ""}, {"/repo", l.Repo() + "\x1b[2J"}}
 		},
 		"d": func(l *Line) []Offer {
 			return []Offer{{"of-" + strings.Join(l.Args, "+"), ""}, {"log-" + l.Flag("log"), ""}}
@@ -101,11 +101,12 @@ func TestLook(t *testing.T) {
 		{"take -- m", "mail"},
 		{"take -- --le", ""},
 		{"take a", "at/; :nospace"},
-		{"take /", "/environment - the repository"},
-		{"take --repo ~/given /", "/home/given - the repository"},
-		{`take --repo='/a\b' /`, `/a\b - the repository`},
-		{`take --repo "/a\"b" /`, `/a"b - the repository`},
-		{`take --repo /a\$b /`, `/a$b - the repository`},
+		{"take $", ""}, // which a shell would take for more than a name
+		{"take /", "/repo - /environment [2J"},
+		{"take --repo ~/given /", "/repo - /home/given [2J"},
+		{`take --repo='/a\b' /`, `/repo - /a\b [2J`},
+		{`take --repo "/a\"b" /`, `/repo - /a"b [2J`},
+		{`take --repo /a\$b /`, `/repo - /a$b [2J`},
 		{"take 110 111 --disk ", "of-110+111; log-"},
 		{"take -l x 110 --disk=of", "--disk=of-110"},
 		{"take -lx 110 --disk l", "log-x"},
