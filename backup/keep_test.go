@@ -214,6 +214,7 @@ func TestKeepBlockDevice(t *testing.T) {
 	r := newKeepRig(t, q, testenv.Drive, func(c *testenv.Config) { c.Disks[0].Path = loop })
 	r.write(20)
 	r.point()
+	var other *os.File
 	for _, test := range []struct {
 		what, reason string
 		meanwhile    func()
@@ -226,7 +227,14 @@ func TestKeepBlockDevice(t *testing.T) {
 		{"a write to the file behind it", "written to or replaced", func() {
 			testenv.Output(t, "dd", "if="+file, "of="+file, "bs=4096", "count=1", "conv=notrunc,fsync")
 		}},
-		{"nothing", "", func() {}},
+		{"a write that the page cache alone has, as somebody else has the device open", "written to or replaced", func() {
+			var err error
+			if other, err = os.Open(loop); err != nil {
+				t.Fatal(err)
+			}
+			testenv.Output(t, "dd", "if="+loop, "of="+loop, "bs=4096", "count=1", "conv=notrunc")
+		}},
+		{"nothing", "", func() { _ = other.Close() }},
 		{"another instance", "its device was taken away", func() {
 			testenv.Output(t, "losetup", "-d", loop)
 			attach(loop)
@@ -839,6 +847,49 @@ func (r *keepRig) again(alive *held) {
 	r.t.Helper()
 	said := alive.said.Load()
 	r.wait("it is said again", func() bool { return alive.said.Load() > said+1 })
+}
+
+// absent is a manager that can be away: then it neither answers nor lets anybody prove who the guest is.
+type absent struct {
+	held
+	backup.Guard // of which only Check is called
+	away         atomic.Bool
+}
+
+var errManager = errors.New("the manager does not answer")
+
+func (a *absent) error() error {
+	if a.away.Load() {
+		return errManager
+	}
+	return nil
+}
+
+func (a *absent) Check(backup.Peer) error { return a.error() }
+
+func (a *absent) Needed(context.Context) (string, error) { return "", a.error() }
+
+func (a *absent) Status(context.Context) (string, error) { return "running", a.error() }
+
+// A QEMU whose guest has powered off is let go also while its manager does not answer; one whose guest runs is not.
+func TestKeeperWithoutItsManager(t *testing.T) {
+	t.Parallel()
+	r := newKeepRig(t, testenv.Host(t), testenv.Drive)
+	r.write(5)
+	r.point()
+	manager := new(absent)
+	k := r.keeper()
+	k.KeepAlive, k.Guard, k.Limit = manager, manager, time.Second
+	stop := r.keep(k)
+	defer stop()
+	r.wait("QEMU is kept alive", manager.held.held.Load)
+	manager.away.Store(true)
+	time.Sleep(3 * k.Limit)
+	if !manager.held.held.Load() {
+		t.Error("QEMU was let go while its guest runs")
+	}
+	r.powerOff()
+	r.wait("QEMU is let go", func() bool { return !manager.held.held.Load() })
 }
 
 // QEMU is let go when that harms nobody, and only then.

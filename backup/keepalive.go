@@ -91,7 +91,11 @@ func (h *hold) over(ctx context.Context, status string) bool {
 	if status != "shutdown" {
 		var err error
 		if status, err = h.KeepAlive.Status(ctx); err != nil {
-			return false
+			// The manager is away too, and with it the proof that who answers on the socket is the guest. To be asked does no harm,
+			// and a keep-alive that never ended would.
+			if status = h.unproven(ctx); status != "" {
+				h.Log.WithError(err).Warnf("guest %s: only QEMU itself tells that it is %s", h.Guest, status)
+			}
 		}
 	}
 	return status == "shutdown" || status == "stopped"
@@ -145,8 +149,17 @@ func (h *hold) harm(ctx context.Context, status string) error {
 }
 
 // status asks QEMU; "": it does not tell.
-func (h *hold) status(ctx context.Context) string {
-	client, err := h.dial(ctx, qmp.WithHandshakeTimeout(keepDialLimit), qmp.WithCommandTimeout(keepDialLimit))
+func (h *hold) status(ctx context.Context) string { return ask(ctx, h.dial) }
+
+// unproven asks whoever answers on the socket.
+func (h *hold) unproven(ctx context.Context) string {
+	return ask(ctx, func(ctx context.Context, options ...qmp.Option) (*qmp.Client, error) {
+		return qmp.Dial(ctx, h.Addr, options...)
+	})
+}
+
+func ask(ctx context.Context, dial func(context.Context, ...qmp.Option) (*qmp.Client, error)) string {
+	client, err := dial(ctx, qmp.WithHandshakeTimeout(keepDialLimit), qmp.WithCommandTimeout(keepDialLimit))
 	if err != nil {
 		return ""
 	}

@@ -30,12 +30,14 @@ import (
 //   - A block device has counters of what was written and discarded, for as long as this instance of it exists, which the
 //     kernel numbers (diskseq). A device-mapper device also has a table, which lvconvert and the like exchange below a device
 //     that stays: merging an LVM snapshot back writes to its origin beside the counters, but not without another table, or, when
-//     another snapshot is taken after it, another instance of the device below. A device that was deactivated, or a host that was rebooted, has lost the proof. So has one that other hosts
-//     can write to: counters are the host's. Hence the short list in local. ZFS volumes can be rolled back with their counters
-//     standing still, and are not on it.
+//     another snapshot is taken after it, another instance of the device below. A device that was deactivated, or a host that
+//     was rebooted, has lost the proof. So has one that other hosts can write to: counters are the host's. Hence the short
+//     list in local. ZFS volumes can be rolled back with their counters standing still, and are not on it.
 //
-// Nothing of this tells of somebody who writes below the volume: to the disk that a file system lies on, or a storage system
-// that puts a whole LUN back. Nor of one who has the kernel stop counting (queue/iostats) and go on.
+// Nothing of this tells of somebody who writes below the volume: to the disk that a file system lies on, a partition of the
+// device, or a storage system that puts a whole LUN back. Nor of one who has the kernel stop counting (queue/iostats) and go
+// on, or writes past the block layer with commands of SCSI or NVMe (sg_format, nvme format). Nor of a file server that
+// crashes, when a client has written just before: its times can be put back like those of a host.
 type volume struct {
 	Path   string        `json:"path"` // for people
 	File   *fileState    `json:"file,omitempty"`
@@ -61,7 +63,7 @@ type deviceState struct {
 	Boot     string `json:"boot"`     // the kernel's boot id
 	Instance string `json:"instance"` // diskseq
 	Size     string `json:"size"`     // sectors
-	Counters string `json:"counters"` // writes, sectors written, discards, sectors discarded
+	Counters string `json:"counters"` // sectors written, sectors discarded
 	UUID     string `json:"uuid,omitempty"`
 	Table    string `json:"table,omitempty"`
 	// Backing is the file of a loop device, which can be written to beside it.
@@ -235,6 +237,9 @@ func readDevice(ctx context.Context, path string) ([]deviceState, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return nil, fmt.Errorf("no block device: %w", errNoProof)
 	}
+	if err := writeBack(ctx, path); err != nil {
+		return nil, err
+	}
 	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
 	if err != nil {
 		return nil, err
@@ -243,6 +248,33 @@ func readDevice(ctx context.Context, path string) ([]deviceState, error) {
 }
 
 // readDeviceAt reads the state of the device that has that folder in sysfs.
+// writeBackLimit is long for what a guest that has stopped has left in the page cache: nothing.
+const writeBackLimit = 5 * time.Second
+
+// writeBack has the kernel write what the page cache has of a device. What was written only there is not in the counters yet.
+func writeBack(ctx context.Context, path string) error {
+	done := make(chan error, 1)
+	go func() { // a device can hang
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err == nil {
+			err = errors.Join(unix.Fsync(fd), unix.Close(fd))
+		}
+		done <- err
+	}()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-time.After(writeBackLimit):
+		err = errors.New("it does not answer")
+	}
+	if err != nil {
+		return fmt.Errorf("device %s: %w: what was written to it can't be counted: %w", path, errNoProof, err)
+	}
+	return nil
+}
+
 func readDeviceAt(ctx context.Context, dir string) (states []deviceState, err error) {
 	err = eachDevice(dir, func(dir string) error {
 		if len(states) == maxDevices {
@@ -321,7 +353,8 @@ func deviceAt(ctx context.Context, dir string) (d deviceState, err error) {
 	case len(counters) < 15 || counting != "1":
 		return d, fmt.Errorf("device %s does not count its writes: %w", filepath.Base(dir), errNoProof)
 	}
-	d.Counters = strings.Join([]string{counters[4], counters[6], counters[11], counters[13]}, " ")
+	// Not how many writes: a flush, such as writeBack's, counts as one.
+	d.Counters = counters[6] + " " + counters[13]
 	if _, statErr := os.Stat(filepath.Join(dir, "dm")); statErr == nil {
 		d.UUID = read(dir, "dm/uuid")
 		table, err := child.Run(ctx, 5*time.Second, "dmsetup", "table", read(dir, "dm/name"))

@@ -259,8 +259,9 @@ func TestDeviceShowsWrites(t *testing.T) {
 		{"nothing", func() {}, ""},
 		{"somebody else writes to the disk below", func() { fakeDevice(t, part, map[string]string{"stat": "9 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9\n"}) }, ""},
 		{"a read", func() { fakeDevice(t, local, map[string]string{"stat": "7 0 99 0 5 0 40 0 0 0 0 2 0 16 0 3 0\n"}) }, ""},
-		{"a write", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 6 0 40 0 0 0 0 2 0 16 0 3 0\n"}) }, changed},
-		{"a discard", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 5 0 40 0 0 0 0 3 0 16 0 3 0\n"}) }, changed},
+		{"a flush", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 6 0 40 0 0 0 0 2 0 16 0 4 0\n"}) }, ""},
+		{"a write", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 6 0 48 0 0 0 0 2 0 16 0 3 0\n"}) }, changed},
+		{"a discard", func() { fakeDevice(t, local, map[string]string{"stat": "1 0 8 0 5 0 40 0 0 0 0 3 0 24 0 3 0\n"}) }, changed},
 		{"another table", func() { setTable("0 8192 snapshot-merge 1\n") }, changed},
 		{"another instance", func() { fakeDevice(t, local, map[string]string{"diskseq": "13\n"}) }, "taken away"},
 		// An LVM snapshot that was merged back, and another one taken, leave the table of their origin as it was; but the device

@@ -47,7 +47,7 @@ func program(s site, getenv func(string) string) cli.Program {
 	return cli.Program{
 		Name: "qmchain-hook",
 		Description: "Does what can't wait when Proxmox VE starts and stops VMs: looks after their backup sockets, starts keepers and backups, and makes a " +
-			"last increment. It never keeps a VM from starting, nor a vzdump from its end.",
+			"last increment. Its failures never keep a VM from starting, nor a vzdump from its end.",
 		Grammar: &g,
 		Common:  &g.Common,
 		Bind: []any{

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -217,6 +218,25 @@ func TestBash(t *testing.T) {
 		}
 		if diff := cmp.Diff(c.want, string(out)); diff != "" {
 			t.Errorf("%q (-want +got)\n%s", c.line, diff)
+		}
+	}
+}
+
+// systemd itself looks at the paths of conditions, and hangs with a file system that does: of the cluster's, or of a share.
+func TestUnitsDoNotHang(t *testing.T) {
+	t.Parallel()
+	units, err := filepath.Glob("../systemd/*")
+	if err != nil || len(units) == 0 {
+		t.Fatalf("units: %q, %v", units, err)
+	}
+	hangs := regexp.MustCompile(`(?m)^(Condition|Assert)\w+=.*(/etc/pve|%[fI])`)
+	for _, unit := range units {
+		text, err := os.ReadFile(unit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if line := hangs.Find(text); line != nil {
+			t.Errorf("%s: %s", unit, line)
 		}
 	}
 }
