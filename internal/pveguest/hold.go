@@ -57,7 +57,11 @@ func (vm *VM) claim(ctx context.Context, wait time.Duration) (*claim, error) {
 		return nil, err
 	}
 	c := &claim{flock.New(filepath.Join(vm.site.Locks, vm.ID.String()+".lock"), flock.SetPermissions(0o600)), filepath.Join(vm.site.Locks, vm.ID.String()+".json"), vm.site.FS}
-	ctx, cancel := context.WithTimeout(ctx, wait+time.Millisecond)
+	// Once in any case: on a busy host a short time can be over before the first try.
+	if ok, err := c.lock.TryLock(); ok || err != nil {
+		return c, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	_, err := c.lock.TryLockContext(ctx, lockPoll)
 	if errors.Is(err, context.DeadlineExceeded) {
