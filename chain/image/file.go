@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -52,12 +53,11 @@ type file struct {
 
 	changing bool // see Layer.Changing
 
-	// scattered has the kernel read what is asked for and no more. Its read-ahead follows one reader from the beginning
-	// to the end; several at a time, as there are of a mount, have it wait for itself: seen to take twice the processor.
-	scattered bool
-
 	// verify, if set, looks at a file that was opened again.
 	verify func(io.ReaderAt) error
+
+	// turn has room for the one that reads much from the disk.
+	turn chan struct{}
 
 	// refs is the number of reads in progress, or notOpen.
 	refs atomic.Int64
@@ -84,7 +84,7 @@ func (t *files) stat(path, name string) (stamp, error) {
 
 // newFile returns the file at path, not yet open, which must have the stamp.
 func (t *files) newFile(path, name string, s stamp) *file {
-	f := &file{files: t, path: path, name: name, stamp: s}
+	f := &file{files: t, path: path, name: name, stamp: s, turn: make(chan struct{}, 1)}
 	f.refs.Store(notOpen)
 	return f
 }
@@ -95,12 +95,45 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	done := f.takeTurn(fd, p, off)
 	n, err := pread(fd, p, off)
+	done()
 	f.release()
 	if err != nil && !errors.Is(err, io.EOF) {
 		err = fmt.Errorf("%s: read at %d: %w", f.name, off, err)
 	}
 	return n, err
+}
+
+const (
+	// largeRead is, in bytes, what a reading from the beginning to the end asks for at once; of the usual read-ahead, less.
+	largeRead = 128 << 10
+	// turnPatience is longer than a read takes, and short beside what a share takes to say that it does not answer.
+	turnPatience = 200 * time.Millisecond
+)
+
+// takeTurn makes large reads of what is not in the kernel's cache wait for one another, until done is called: the kernel's
+// read-ahead follows one reader of a file from the beginning to the end, and has several, as a mount has them, wait for each
+// other in its own way, at up to three times the processor. Before Linux 6.5 it can't be told what is in the cache, and nobody
+// waits.
+func (f *file) takeTurn(fd int, p []byte, off int64) (done func()) {
+	done = func() {}
+	if len(p) < largeRead {
+		return done
+	}
+	var st unix.Cachestat_t
+	err := unix.Cachestat(uint(fd), &unix.CachestatRange{Off: uint64(off), Len: uint64(len(p))}, &st, 0)
+	if err != nil || st.Cache >= uint64(len(p)/os.Getpagesize()) {
+		return done
+	}
+	timer := time.NewTimer(turnPatience)
+	defer timer.Stop()
+	select {
+	case f.turn <- struct{}{}:
+		return func() { <-f.turn }
+	case <-timer.C:
+		return done
+	}
 }
 
 // readNow reads what of p is in the kernel's cache, from the beginning of p on, and has
@@ -281,9 +314,6 @@ func (f *file) openNow() (int, error) {
 	if err := f.same(fd); err != nil {
 		_ = unix.Close(fd)
 		return 0, fmt.Errorf("%s: %w", f.name, err)
-	}
-	if f.scattered {
-		_ = unix.Fadvise(fd, 0, 0, unix.FADV_RANDOM) // without, it is only slower
 	}
 	return fd, nil
 }

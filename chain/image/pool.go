@@ -94,8 +94,8 @@ func (p *Pool) Open(size int64, layers ...Layer) (Image, error) {
 	}
 	var top *node
 	chain := make([]*layer, 0, len(layers))
-	for i, spec := range layers {
-		l, err := p.layer(spec, i == 0)
+	for _, spec := range layers {
+		l, err := p.layer(spec)
 		if err != nil {
 			p.release(top)
 			return nil, err
@@ -121,10 +121,8 @@ func (p *Pool) Open(size int64, layers ...Layer) (Image, error) {
 	return &layered{pool: p, size: size, top: top, chain: chain}, nil
 }
 
-// layer returns the layer that spec names, with a reference for the caller. Of a
-// base most is read in large pieces or is long overwritten; the increments above it
-// are read forwards in small ones, for which the kernel's read-ahead is good.
-func (p *Pool) layer(spec Layer, base bool) (*layer, error) {
+// layer returns the layer that spec names, with a reference for the caller.
+func (p *Pool) layer(spec Layer) (*layer, error) {
 	now, err := p.files.stat(spec.Path, spec.Name)
 	if err != nil {
 		return nil, err
@@ -138,7 +136,6 @@ func (p *Pool) layer(spec Layer, base bool) (*layer, error) {
 		// Without the lock: a slow file must not hold up other images.
 		l = &layer{key: k, file: p.files.newFile(spec.Path, spec.Name, now)}
 		l.file.changing = spec.Changing
-		l.file.scattered = base && spec.Format == Qcow2 // a raw file may be passed on, see Filer
 		if err := l.open(p); err != nil {
 			p.files.forget(l.file)
 			return nil, err
