@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -282,29 +284,35 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 	}
 }
 
-// suspect marks what rests on the same images as a point that verify has found damaged, perhaps on the one that is: all points
-// of its chain that were not found good since.
+// imageRE finds the points whose images verify has named as damaged.
+var imageRE = regexp.MustCompile(`images/([0-9]{8}T[0-9]{6}Z-[0-9a-f]+)\.`)
+
+// suspect marks what rests on images that verify has found damaged below a point: all points that are made on them, and were not
+// found good since. Where no image is named that is the point's own.
 func (g *Guest) suspect(verified []repo.Verified) {
-	chainOf := map[string]string{} // by point: the first of those that are joined to it
-	for _, p := range g.Points {   // parents first
-		own := p.ID
+	below := map[string]map[string]bool{} // by point: those that it rests on, with itself
+	for _, p := range g.Points {          // parents first
+		on := map[string]bool{p.ID: true}
 		for _, parent := range p.Parents {
-			if c, ok := chainOf[parent]; ok {
-				own = min(own, c)
-			}
+			maps.Copy(on, below[parent])
 		}
-		chainOf[p.ID] = own
+		below[p.ID] = on
 	}
 	const oneRun = 10 * time.Second // of verify, which notes all points when it is through
 	for _, v := range verified {
 		if v.Good {
 			continue
 		}
+		damaged := []string{string(v.Point)}
+		for _, m := range imageRE.FindAllStringSubmatch(v.Why, -1) {
+			damaged = append(damaged, m[1])
+		}
 		for i := range g.Points {
 			p := &g.Points[i]
 			since := p.Verified != nil && p.Verified.Good && p.Verified.Time.After(v.Time.Add(-oneRun))
-			if p.ID != string(v.Point) && !p.Removed && chainOf[p.ID] == chainOf[string(v.Point)] && len(p.Damage) == 0 && !since {
-				p.Damage = append(p.Damage, fmt.Sprintf("verify found damage in its chain on %s, at %s: verify it, too", minute(v.Time), v.Point))
+			rests := slices.ContainsFunc(damaged, func(id string) bool { return below[p.ID][id] })
+			if p.ID != string(v.Point) && !p.Removed && rests && len(p.Damage) == 0 && !since {
+				p.Damage = append(p.Damage, fmt.Sprintf("verify found damage below it on %s, at %s: verify it, too", minute(v.Time), v.Point))
 			}
 		}
 	}

@@ -172,8 +172,16 @@ func TestLookDamage(t *testing.T) {
 			func(t *testing.T, g *repotest.Guest) {
 				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[1].ID, Time: began, Why: "scsi0 (a file)"}}})
 			},
+			[]int{1, 2, 3},
+			"(?s)verify found on 2026-11-20 10:15 UTC: scsi0 .a file..*verify found damage below it",
+		},
+		"verify has found it, in the full": {
+			func(t *testing.T, g *repotest.Guest) {
+				why := "scsi0 (110/images/" + string(g.Points[0].ID) + ".scsi0.qcow2)"
+				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[3].ID, Time: began, Why: why}}})
+			},
 			[]int{0, 1, 2, 3},
-			"(?s)verify found on 2026-11-20 10:15 UTC: scsi0 .a file..*verify found damage in its chain",
+			"verify found damage below it",
 		},
 		"verify has found it, and others of the chain to be good": {
 			func(t *testing.T, g *repotest.Guest) {
@@ -185,7 +193,7 @@ func TestLookDamage(t *testing.T) {
 				}})
 			},
 			[]int{1, 2},
-			"verify found damage in its chain on 2026-11-20 10:15 UTC, at ",
+			"verify found damage below it on 2026-11-20 10:15 UTC, at ",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
