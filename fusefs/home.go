@@ -11,11 +11,9 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"qmchain/chain/repo"
 	"qmchain/chain/source"
 )
-
-// repositoryFile is what makes a directory a repository, in each of its formats.
-const repositoryFile = "qmchain.json"
 
 // home is the directory of the set, which can go away and come back: a share that is unmounted and mounted again is another
 // directory, in which a set that was opened in the one before finds nothing.
@@ -54,7 +52,7 @@ func (h *home) stamp() (homeStamp, error) {
 	st := info.Sys().(*syscall.Stat_t)
 	s := homeStamp{dev: st.Dev, ino: st.Ino}
 	if h.kind == source.Qmchain {
-		if info, err = os.Lstat(filepath.Join(h.dir, repositoryFile)); err != nil {
+		if info, err = os.Lstat(filepath.Join(h.dir, repo.HeadFile)); err != nil {
 			return homeStamp{}, err
 		}
 		s.file = stampOf(info)

@@ -3,8 +3,6 @@ package fusefs
 import (
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"qmchain/chain/image"
 )
 
@@ -19,23 +17,9 @@ func (o *openDisk) file() *os.File {
 	if f == nil || err != nil {
 		return nil // a read will tell what is wrong
 	}
-	if !isLocal(f) {
+	if !image.IsLocal(int(f.Fd())) {
 		_ = f.Close()
 		return nil
 	}
 	return f
-}
-
-// isLocal tells whether a file is on a file system of this host, as far as those are known.
-func isLocal(f *os.File) bool {
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		return false
-	}
-	const zfs = 0x2fc12fc1
-	switch st.Type {
-	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, zfs:
-		return true
-	}
-	return false
 }

@@ -56,8 +56,9 @@ type file struct {
 	// verify, if set, looks at a file that was opened again.
 	verify func(io.ReaderAt) error
 
-	// turn has room for the one that reads much from the disk.
-	turn chan struct{}
+	// turn has room for the one that reads much from the disk, if that is a local one.
+	turn  chan struct{}
+	local bool // valid while refs >= 0
 
 	// refs is the number of reads in progress, or notOpen.
 	refs atomic.Int64
@@ -114,11 +115,11 @@ const (
 
 // takeTurn makes large reads of what is not in the kernel's cache wait for one another, until done is called: the kernel's
 // read-ahead follows one reader of a file from the beginning to the end, and has several, as a mount has them, wait for each
-// other in its own way, at up to three times the processor. Before Linux 6.5 it can't be told what is in the cache, and nobody
-// waits.
+// other in its own way, at up to three times the processor. Shares need several at a time. Before Linux 6.5 it can't be told
+// what is in the cache, and nobody waits.
 func (f *file) takeTurn(fd int, p []byte, off int64) (done func()) {
 	done = func() {}
-	if len(p) < largeRead {
+	if len(p) < largeRead || !f.local {
 		return done
 	}
 	var st unix.Cachestat_t
@@ -315,7 +316,22 @@ func (f *file) openNow() (int, error) {
 		_ = unix.Close(fd)
 		return 0, fmt.Errorf("%s: %w", f.name, err)
 	}
+	f.local = IsLocal(fd)
 	return fd, nil
+}
+
+// IsLocal tells whether an open file is on a file system of this host, as far as those are known.
+func IsLocal(fd int) bool {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return false
+	}
+	const zfs = 0x2fc12fc1
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, zfs:
+		return true
+	}
+	return false
 }
 
 func (f *file) same(fd int) error {

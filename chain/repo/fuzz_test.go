@@ -97,7 +97,7 @@ func FuzzFolder(f *testing.F) {
 			return os.WriteFile(path, b, fileMode)
 		}
 		for path, b := range map[string][]byte{
-			filepath.Join(dir, headFile):             fmt.Appendf(nil, `{"format":1,"id":%q}`, strings.Repeat("ab", 16)),
+			filepath.Join(dir, HeadFile):             fmt.Appendf(nil, `{"format":1,"id":%q}`, strings.Repeat("ab", 16)),
 			filepath.Join(point, chain.ManifestFile): text,
 			filepath.Join(point, "scsi0.sums"):       (&Sums{}).Text(),
 		} {

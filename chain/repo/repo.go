@@ -38,7 +38,8 @@ import (
 const ImagesFolder = "images"
 
 const (
-	headFile = "qmchain.json"
+	// HeadFile is what makes a directory a repository, in each of its formats.
+	HeadFile = "qmchain.json"
 	dirMode  = 0o700
 	fileMode = 0o600
 )
@@ -68,25 +69,25 @@ type head struct {
 
 // Open opens an existing repository.
 func Open(dir string, fsys durable.FS) (*Repo, error) {
-	text, err := readFile(filepath.Join(dir, headFile), 64<<10)
+	text, err := readFile(filepath.Join(dir, HeadFile), 64<<10)
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, statErr := os.Stat(dir); statErr != nil {
 			return nil, fmt.Errorf("repository %s: %w", dir, statErr)
 		}
-		return nil, fmt.Errorf("%s: %w: it has no %s", dir, ErrNotRepository, headFile)
+		return nil, fmt.Errorf("%s: %w: it has no %s", dir, ErrNotRepository, HeadFile)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("repository %s: %w", dir, err)
 	}
 	var h head
 	if err := json.Unmarshal(text, &h); err != nil {
-		return nil, fmt.Errorf("%s/%s: %w: %w", dir, headFile, chain.ErrDamaged, err)
+		return nil, fmt.Errorf("%s/%s: %w: %w", dir, HeadFile, chain.ErrDamaged, err)
 	}
 	if h.Format != chain.FormatVersion {
 		return nil, fmt.Errorf("repository %s has format %d: this version of qmchain knows format %d", dir, h.Format, chain.FormatVersion)
 	}
 	if b, err := hex.DecodeString(h.ID); err != nil || len(b) != 16 {
-		return nil, fmt.Errorf("%s/%s: %w: %q is not a repository's id", dir, headFile, chain.ErrDamaged, h.ID)
+		return nil, fmt.Errorf("%s/%s: %w: %q is not a repository's id", dir, HeadFile, chain.ErrDamaged, h.ID)
 	}
 	return &Repo{Dir: dir, ID: h.ID, FS: fsys.Serial(), QemuImg: "qemu-img"}, nil
 }
@@ -111,7 +112,7 @@ func OpenOrCreate(dir string, fsys durable.FS) (*Repo, error) {
 		return nil, err
 	}
 	// Of several first runs at once one makes it, for all.
-	if err := fsys.WriteNew(filepath.Join(dir, headFile), append(text, '\n'), fileMode); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := fsys.WriteNew(filepath.Join(dir, HeadFile), append(text, '\n'), fileMode); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("repository %s can't be made: %w", dir, err)
 	}
 	return Open(dir, fsys)
@@ -125,8 +126,8 @@ func Planned(dir string) (*Repo, error) {
 	}
 	for _, e := range entries {
 		// lost+found is there in every new ext4; a temporary file is our own making, cut off or under way.
-		if e.Name() != "lost+found" && !strings.HasPrefix(e.Name(), ".tmp-"+headFile) {
-			return nil, fmt.Errorf("%s: %w: it has no %s, and is not empty (%s is there), so none is made", dir, ErrNotRepository, headFile, e.Name())
+		if e.Name() != "lost+found" && !strings.HasPrefix(e.Name(), ".tmp-"+HeadFile) {
+			return nil, fmt.Errorf("%s: %w: it has no %s, and is not empty (%s is there), so none is made", dir, ErrNotRepository, HeadFile, e.Name())
 		}
 	}
 	return &Repo{Dir: dir, ID: NewUUID(), QemuImg: "qemu-img"}, nil

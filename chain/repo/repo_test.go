@@ -54,10 +54,10 @@ func TestOpenOrCreate(t *testing.T) {
 		"somebody's files":        {func(dir string) error { return os.WriteFile(filepath.Join(dir, "thesis.doc"), nil, 0o600) }, false},
 		"a guest's folder":        {func(dir string) error { return os.Mkdir(filepath.Join(dir, "110"), 0o700) }, false},
 		"a repository of a format": {func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, headFile), []byte(`{"format":2}`), 0o600)
+			return os.WriteFile(filepath.Join(dir, HeadFile), []byte(`{"format":2}`), 0o600)
 		}, false},
 		"a damaged repository": {func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, headFile), []byte(`{"format":1,"id":"`), 0o600)
+			return os.WriteFile(filepath.Join(dir, HeadFile), []byte(`{"format":1,"id":"`), 0o600)
 		}, false},
 		"no folder": {os.Remove, false},
 	} {
@@ -76,7 +76,7 @@ func TestOpenOrCreate(t *testing.T) {
 		if err != nil || again.ID != r.ID || len(r.ShortID()) != 8 {
 			t.Errorf("%s: opened again: %v, %v", what, again, err)
 		}
-		info, err := os.Stat(filepath.Join(dir, headFile))
+		info, err := os.Stat(filepath.Join(dir, HeadFile))
 		if err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v, %v", what, info, err)
 		}

@@ -39,8 +39,8 @@ var ErrAway = errors.New("the backups are out of reach")
 //
 // A guest has its own name. Where sets have guests of the same name, all have FOLDER.NAME. Where a folder is there and its set
 // is not any more, as of a share that is unmounted, its guests stay and can't be read: that wraps ErrAway. So does a set that
-// can't be opened, which stands there as a guest with its folder's name. One folder that hangs is waited for a moment, and
-// only by those who ask for it. A directory without any set wraps repo.ErrNotRepository.
+// can't be opened, which stands there as a guest with its folder's name. A folder that hangs holds up the list of guests for a
+// moment, and of guests only its own. A directory without any set wraps repo.ErrNotRepository.
 func OpenAll(dir string) (Set, error) {
 	set, err := Open(dir)
 	if !errors.Is(err, repo.ErrNotRepository) {
@@ -59,6 +59,8 @@ func OpenAll(dir string) (Set, error) {
 		}
 		if p.err != nil {
 			broken = p.err
+		} else if p.busy != nil {
+			broken = fmt.Errorf("%s: %w: a folder in it does not answer", dir, ErrAway)
 		}
 	}
 	return nil, cmp.Or(broken, err)
@@ -76,7 +78,7 @@ type several struct {
 
 // part is what is known of a folder.
 type part struct {
-	busy bool // somebody looks at it, and may hang
+	busy chan struct{} // closed when who looks at it, and may hang, is through; nil: nobody does
 
 	set    Set // as it was opened last; nil: it never was a set
 	id     string
@@ -222,10 +224,10 @@ func (s *several) look() error {
 		return fmt.Errorf("%s: %w: it does not answer", s.dir, ErrAway)
 	}
 
-	var looks sync.WaitGroup
+	var looks []<-chan struct{}
 	s.mu.Lock()
 	for name, p := range s.parts {
-		if !slices.Contains(folders, name) && !p.busy { // it was removed
+		if !slices.Contains(folders, name) && p.busy == nil { // it was removed
 			if p.set != nil {
 				_ = p.set.Close()
 			}
@@ -238,21 +240,20 @@ func (s *several) look() error {
 			p = &part{}
 			s.parts[name] = p
 		}
-		if !p.busy {
-			p.busy = true
+		if p.busy == nil {
+			p.busy = make(chan struct{})
 			was := *p
-			looks.Go(func() { s.settle(name, was.lookAgain(filepath.Join(s.dir, name), s.now())) })
+			go func() { s.settle(name, was.lookAgain(filepath.Join(s.dir, name), s.now())) }()
 		}
+		looks = append(looks, p.busy)
 	}
 	s.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		looks.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-patience.C:
+	for _, done := range looks {
+		select {
+		case <-done:
+		case <-patience.C:
+			return nil
+		}
 	}
 	return nil
 }
@@ -262,14 +263,18 @@ func (s *several) settle(name string, now part) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	was := s.parts[name]
+	close(was.busy)
+	was.busy = nil
 	switch {
-	case s.closed && now.set != nil && now.set != was.set:
-		_ = now.set.Close()
+	case s.closed:
+		if now.set != nil && now.set != was.set {
+			_ = now.set.Close()
+		}
 		return
 	case was.set != nil && was.set != now.set:
 		_ = was.set.Close() // who still uses it gets an error, as from the directory that it was in
 	}
-	now.busy = false
+	now.busy = nil
 	*was = now
 }
 
@@ -336,7 +341,7 @@ func identify(dir string, kind Kind) (identity, error) {
 	case "":
 		at.mtime = info.ModTime()
 	case Qmchain:
-		if info, err = os.Lstat(filepath.Join(dir, "qmchain.json")); err != nil {
+		if info, err = os.Lstat(filepath.Join(dir, repo.HeadFile)); err != nil {
 			return identity{}, err
 		}
 		at.head, at.headChanged = info.Sys().(*syscall.Stat_t).Ino, info.ModTime()
