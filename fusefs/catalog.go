@@ -314,6 +314,9 @@ func (c *catalog) findGuest(name string) (tree.Node, error) {
 	if err != nil {
 		return tree.Node{}, err
 	}
+	if source.Hangs(set, name) { // its folder is there to see, and who goes into it waits
+		return c.seen(name), nil
+	}
 	g, err := set.Guest(name)
 	if errors.Is(err, source.ErrAway) {
 		return tree.Node{}, err
@@ -326,6 +329,19 @@ func (c *catalog) findGuest(name string) (tree.Node, error) {
 		return tree.Node{}, err
 	}
 	return tree.Guest(name, statOf(info)), nil
+}
+
+// seen is a guest's folder as it was when it was looked at last.
+func (c *catalog) seen(name string) tree.Node {
+	c.mu.Lock()
+	list := c.guests[name]
+	c.mu.Unlock()
+	if list != nil {
+		if l := list.current.Load(); l != nil {
+			return tree.Guest(name, l.folder)
+		}
+	}
+	return tree.Guest(name, tree.Stat{})
 }
 
 // statDir looks at a folder of the set. To the set's own directory, which in a foreign set is the guest's and the points'

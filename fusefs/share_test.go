@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,7 +41,15 @@ type share struct {
 
 func newShare(t *testing.T, from string) *share {
 	t.Helper()
-	s := &share{t: t, dir: t.TempDir(), from: from, open: make(chan struct{}), opened: map[fs.FileHandle]int{}}
+	return newShareAt(t, from, t.TempDir())
+}
+
+func newShareAt(t *testing.T, from, dir string) *share {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s := &share{t: t, dir: dir, from: from, open: make(chan struct{}), opened: map[fs.FileHandle]int{}}
 	close(s.open)
 	s.mount()
 	t.Cleanup(func() {
@@ -380,4 +389,54 @@ func TestUnmountWhileTheShareHangs(t *testing.T) {
 	if line := mountLine(t, dir); line != "" {
 		t.Errorf("still mounted: %s", line)
 	}
+}
+
+// Of several sets one hangs: what is of the others is read and listed meanwhile, and the mount ends as it should.
+func TestOneOfSeveralHangs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	g := smallGuest(t)
+	hanging := newShareAt(t, g.Repo.Dir, filepath.Join(dir, "hanging"))
+	run(t, "cp", "-a", g.Repo.Dir, filepath.Join(dir, "well"))
+	m := mountSetOf(t, dir)
+	want := must(digestOf(m.path("well.110", "latest", "scsi0.raw")))(t)
+	if got := must(digestOf(m.path("hanging.110", "latest", "scsi0.raw")))(t); got != want {
+		t.Error("the copy differs")
+	}
+	hanging.hangAll(true)
+	defer hanging.hangAll(false)
+	time.Sleep(1100 * time.Millisecond) // what is known holds for a second
+	for range 2 {
+		listed := make(chan []string, 1)
+		go func() { listed <- namesIn(m.dir) }()
+		select {
+		case names := <-listed:
+			if !slices.Equal(names, []string{"hanging.110", "well.110"}) {
+				t.Errorf("there is %q", names)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("the list does not come")
+		}
+		if got := must(digestOf(m.path("well.110", "latest", "scsi0.raw")))(t); got != want {
+			t.Error("other content while another set hangs")
+		}
+	}
+	began := time.Now()
+	if err := m.Unmount(t.Context()); err != nil && !errors.Is(err, fusefs.ErrHangs) {
+		t.Errorf("unmount: %v", err)
+	}
+	if took := time.Since(began); took > 15*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+// namesIn lists the folders in a folder, with a look at each.
+func namesIn(dir string) (names []string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if info, err := os.Stat(filepath.Join(dir, e.Name())); err == nil && info.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names
 }

@@ -64,8 +64,11 @@ func (f qcow2File) write(ctx context.Context, progress func(int64)) error {
 	stop()
 	serveErr := <-served
 	if err != nil {
-		// What keeps the image from being read is only an I/O error for qemu-img.
-		if cause := first.get(); cause != nil && ctx.Err() == nil {
+		// What keeps the image from being read is only an I/O error for qemu-img, also where that is our being interrupted.
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if cause := first.get(); cause != nil {
 			return fmt.Errorf("%w (%w)", cause, err)
 		}
 		return err

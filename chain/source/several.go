@@ -78,7 +78,7 @@ type several struct {
 
 // part is what is known of a folder.
 type part struct {
-	busy chan struct{} // closed when who looks at it, and may hang, is through; nil: nobody does
+	busy *inquiry // of who looks at it, and may hang; nil: nobody does
 
 	set    Set // as it was opened last; nil: it never was a set
 	id     string
@@ -87,6 +87,27 @@ type part struct {
 	err    error    // why it can't be read
 
 	refused time.Time // when it was no set; else zero
+}
+
+// inquiry is a look that is under way.
+type inquiry struct {
+	began time.Time
+	done  chan struct{} // closed when it is through
+}
+
+// wait waits until the look is through, or is taken to hang.
+func (i *inquiry) wait() {
+	select {
+	case <-i.done:
+	case <-time.After(time.Until(i.began.Add(lookPatience))):
+	}
+}
+
+// Hangs reports whether the guest is in one of several sets that did not answer when it was looked at last, and still doesn't:
+// who asks more of it will have to wait.
+func Hangs(s Set, guest string) bool {
+	many, ok := s.(*several)
+	return ok && many.named()[guest].hangs
 }
 
 // identity tells a directory from another one that takes its place: a share that is unmounted, and mounted again. Numbers of
@@ -159,6 +180,7 @@ type member struct {
 	folder, guest string
 	set           Set // nil: it can't be opened
 	at            identity
+	hangs         bool
 	err           error
 }
 
@@ -167,8 +189,9 @@ func (s *several) named() map[string]member {
 	s.mu.Lock()
 	var all []member
 	for folder, p := range s.parts {
+		hangs := p.busy != nil && time.Since(p.busy.began) >= lookPatience
 		for _, g := range p.guests {
-			all = append(all, member{folder, g, p.set, p.at, p.err})
+			all = append(all, member{folder, g, p.set, p.at, hangs, p.err})
 		}
 		if p.set == nil && p.err != nil {
 			all = append(all, member{folder: folder, err: p.err})
@@ -200,7 +223,7 @@ func (s *several) named() map[string]member {
 
 func (m member) plain() string { return cmp.Or(m.guest, m.folder) }
 
-// look looks at all folders at once, and no longer than lookPatience.
+// look looks at all folders at once. For one that hangs it waits lookPatience at first, and no longer as long as that lasts.
 func (s *several) look() error {
 	type listed struct {
 		names []string
@@ -211,8 +234,6 @@ func (s *several) look() error {
 		names, err := foldersIn(s.dir)
 		listing <- listed{names, err}
 	}()
-	patience := time.NewTimer(lookPatience)
-	defer patience.Stop()
 	var folders []string
 	select {
 	case l := <-listing:
@@ -220,11 +241,11 @@ func (s *several) look() error {
 			return l.err
 		}
 		folders = l.names
-	case <-patience.C:
+	case <-time.After(lookPatience):
 		return fmt.Errorf("%s: %w: it does not answer", s.dir, ErrAway)
 	}
 
-	var looks []<-chan struct{}
+	var looks []*inquiry
 	s.mu.Lock()
 	for name, p := range s.parts {
 		if !slices.Contains(folders, name) && p.busy == nil { // it was removed
@@ -241,19 +262,15 @@ func (s *several) look() error {
 			s.parts[name] = p
 		}
 		if p.busy == nil {
-			p.busy = make(chan struct{})
+			p.busy = &inquiry{time.Now(), make(chan struct{})}
 			was := *p
 			go func() { s.settle(name, was.lookAgain(filepath.Join(s.dir, name), s.now())) }()
 		}
 		looks = append(looks, p.busy)
 	}
 	s.mu.Unlock()
-	for _, done := range looks {
-		select {
-		case <-done:
-		case <-patience.C:
-			return nil
-		}
+	for _, l := range looks {
+		l.wait()
 	}
 	return nil
 }
@@ -263,7 +280,7 @@ func (s *several) settle(name string, now part) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	was := s.parts[name]
-	close(was.busy)
+	close(was.busy.done)
 	was.busy = nil
 	switch {
 	case s.closed:

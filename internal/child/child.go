@@ -7,7 +7,6 @@ package child
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os/exec"
@@ -22,8 +21,8 @@ const maxOutput = 64 << 20
 
 // Run runs a program to its end and returns its standard output. A failure names the program and carries what it
 // wrote to standard error.
-func Run(ctx context.Context, limit time.Duration, name string, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+func Run(caller context.Context, limit time.Duration, name string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(caller, limit)
 	defer cancel()
 
 	// The kernel sends the parent-death signal when the *thread* that made the child ends, so that thread is held
@@ -42,10 +41,10 @@ func Run(ctx context.Context, limit time.Duration, name string, args ...string) 
 		return nil, fmt.Errorf("%s: more than %d bytes of output", name, maxOutput)
 	case err == nil:
 		return stdout.kept.Bytes(), nil
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return nil, fmt.Errorf("%s: not done within %s: %w", name, limit, context.DeadlineExceeded)
+	case caller.Err() != nil: // ctx may follow a moment later
+		return nil, fmt.Errorf("%s: %w", name, caller.Err())
 	case ctx.Err() != nil:
-		return nil, fmt.Errorf("%s: %w", name, ctx.Err())
+		return nil, fmt.Errorf("%s: not done within %s: %w", name, limit, context.DeadlineExceeded)
 	}
 	if text := strings.TrimSpace(stderr.kept.String()); text != "" {
 		return nil, fmt.Errorf("%w: %s", err, text)
