@@ -10,7 +10,6 @@ import (
 	"qmchain/chain/repo"
 	"qmchain/chain/source"
 	"qmchain/chain/verify"
-	"qmchain/internal/drill"
 	"qmchain/internal/ui"
 )
 
@@ -45,14 +44,6 @@ func whyDamaged(p verify.Point) string {
 		return "it can't be read"
 	}
 	return strings.Join(disks, "; ")
-}
-
-// noteDrilled keeps whether a point has started, for reports.
-func noteDrilled(ctx context.Context, u *ui.UI, p *point, result drill.Result) {
-	note(ctx, u, p.Set, p.Guest.Name, repo.Checked{Drilled: []repo.Drilled{{
-		Point: p.ID, Time: time.Now().UTC().Truncate(time.Second), Passed: result.Passed, Why: result.Why,
-		Seconds: result.Took.Round(100 * time.Millisecond).Seconds(),
-	}}})
 }
 
 // note writes what was found into the repository. Where it can't be written, as it is read-only, what was found counts all the

@@ -35,17 +35,19 @@ type drillCmd struct {
 	Initrd       string        `placeholder:"FILE" help:"Its initrd."`
 	Append       string        `placeholder:"TEXT" help:"Its command line."`
 	QEMU         string        `name:"qemu" placeholder:"PROGRAM" help:"QEMU. Default: kvm (Proxmox VE's) or qemu-system-x86_64."`
+	Result       string        `placeholder:"FILE" help:"Write the result to FILE, as --json prints it, and not into the repository: note-drill does that."`
 	JSON         bool          `name:"json" help:"Print one JSON document."`
 }
 
-// drilled is the output of drill --json.
+// drilled is the output of drill --json, and what note-drill reads.
 type drilled struct {
-	Guest   string   `json:"guest"`
-	ID      chain.ID `json:"id"`
-	Passed  bool     `json:"passed"`
-	Why     string   `json:"why"`
-	Seconds float64  `json:"seconds"` // from the start of QEMU to the sign of life, or to the end of patience
-	Console string   `json:"console"` // the end of what the guest printed
+	Guest   string    `json:"guest"`
+	ID      chain.ID  `json:"id"`
+	Time    time.Time `json:"time"` // at the end
+	Passed  bool      `json:"passed"`
+	Why     string    `json:"why"`
+	Seconds float64   `json:"seconds"` // from the start of QEMU to the sign of life, or to the end of patience
+	Console string    `json:"console"` // the end of what the guest printed
 }
 
 // Run fails with exit code 1 where the guest does not show what it must.
@@ -113,13 +115,18 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", p.Name(), err)
 	}
-	noteDrilled(ctx, u, p, result)
-	out := drilled{p.Guest.Name, p.ID, result.Passed, result.Why, result.Took.Seconds(), result.Console}
+	out := drilled{p.Guest.Name, p.ID, time.Now().UTC().Truncate(time.Second), result.Passed, result.Why, result.Took.Seconds(), result.Console}
+	var fileErr error
+	if c.Result == "" {
+		note(ctx, u, p.Set, p.Guest.Name, out.record())
+	} else {
+		fileErr = out.write(c.Result)
+	}
 	err = u.Result(c.JSON, out, func(w io.Writer) error {
 		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.Name(), map[bool]string{true: "passed", false: "FAILED"}[out.Passed], result.Took.Round(100*time.Millisecond), out.Why)
 		return err
 	})
-	if err != nil || result.Passed {
+	if err := errors.Join(fileErr, err); err != nil || result.Passed {
 		return err
 	}
 	return ui.Exit(ui.ExitFailed, fmt.Errorf("%s does not boot as it should: %s", p.Name(), result.Why))

@@ -47,6 +47,10 @@ func (*drillCmd) Examples() []cli.Example {
 	}
 }
 
+func (*noteDrillCmd) Examples() []cli.Example {
+	return []cli.Example{{For: "after `drill 110/latest --result 110.json` on a machine that can only read", Line: "note-drill 110 110.json"}}
+}
+
 func (*sendCmd) Examples() []cli.Example {
 	return []cli.Example{
 		{For: "to another host, with only what is not there yet", Line: "send 110/latest --have have.json | ssh host qmchain-restore receive --repo /srv/qmchain"},

@@ -37,6 +37,8 @@ type grammar struct {
 	Drill  drillCmd        `cmd:"" help:"Start a point in a throw-away guest without a network, and see whether it boots."`
 	Report reportCmd       `cmd:"" help:"Say how all backups are: the last of each guest, its size, when it was verified and drilled; as a table or a page."`
 
+	NoteDrill noteDrillCmd `cmd:"" help:"Keep the result of a drill that could not write to the repository, for report."`
+
 	Send    sendCmd    `cmd:"" help:"Write points to standard output, for receive in another repository."`
 	Receive receiveCmd `cmd:"" help:"Make points of what send has written, from standard input."`
 	Import  importCmd  `cmd:"" help:"Take backups of qmpbackup or virtnbdbackup into a repository."`

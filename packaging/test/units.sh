@@ -113,10 +113,11 @@ mkdir -p /etc/systemd/system/qmchain-drill@.service.d
 cat >/etc/systemd/system/qmchain-drill@.service.d/text.conf <<'CONF'
 [Service]
 ExecStart=
-ExecStart=/usr/bin/qmchain-restore drill %i/latest --accel tcg --text "qmchain boots"
+ExecStart=/usr/bin/qmchain-restore drill %i/latest --accel tcg --text "qmchain boots" --result %t/qmchain-drill-%i/result.json
 CONF
 systemctl daemon-reload
 done_well qmchain-drill@110.service
+qmchain-restore report | grep -q 'passed' || fail "its result was not kept: $(qmchain-restore report)"
 
 say "an upgrade ends nothing, a removal all"
 systemctl start "$unit" qmchain-keep@110.service
