@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -36,6 +37,17 @@ func (h Host) Storages() (map[string]Storage, error) {
 
 // sharesDir is where PVE mounts the shares of storages that have no path of their own.
 const sharesDir = "/mnt/pve"
+
+var storageHeadShape = regexp.MustCompile(`^([^\s#]\S*):\s*(\S+)\s*$`) // PVE::SectionConfig
+
+// storageHead reads the first line of a storage in storage.cfg. Both are "" for any other line.
+func storageHead(line string) (kind, name string) {
+	m := storageHeadShape.FindStringSubmatch(line)
+	if m == nil {
+		return "", ""
+	}
+	return m[1], m[2]
+}
 
 // parseStorages reads storage.cfg: a line "TYPE: NAME" for each, and below it its properties, indented.
 func parseStorages(text, node string) map[string]Storage {
@@ -79,8 +91,8 @@ func parseStorages(text, node string) map[string]Storage {
 			continue
 		}
 		add()
-		kind, name, _ = strings.Cut(trimmed, ":")
-		name, props = strings.TrimSpace(name), map[string]string{}
+		kind, name = storageHead(line)
+		props = map[string]string{}
 	}
 	add()
 	return all

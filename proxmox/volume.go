@@ -92,8 +92,7 @@ func (h Host) storageType(name string) string {
 		return ""
 	}
 	for line := range strings.Lines(string(text)) {
-		kind, rest, found := strings.Cut(line, ":")
-		if found && strings.TrimSpace(rest) == name && strings.TrimLeft(kind, whitespace) == kind {
+		if kind, found := storageHead(line); found != "" && found == name {
 			return kind
 		}
 	}
