@@ -44,44 +44,63 @@ func (h Host) Select(s Selection) (vmids []VMID, notes []string, err error) {
 	return vmids, notes, err
 }
 
-// pool finds the members of a pool in PVE's user configuration: pool:NAME:comment:guests:storages:
-func (h Host) pool(name string) (vmids []VMID, notes []string, err error) {
+// Pools returns what is in each pool of the cluster, as PVE's user configuration has it: pool:NAME:comment:guests:storages:
+func (h Host) Pools() (map[string][]VMID, error) {
 	if err := h.check(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	text, err := h.readFile(filepath.Join(h.Etc, "user.cfg"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, nil, fmt.Errorf("pool %s: %w", name, err)
+		return nil, err
 	}
+	pools := map[string][]VMID{}
 	for line := range strings.Lines(string(text)) {
 		part := strings.Split(strings.TrimSpace(line), ":")
-		if len(part) < 4 || part[0] != "pool" || part[1] != name {
+		if len(part) < 4 || part[0] != "pool" {
 			continue
 		}
+		if _, twice := pools[part[1]]; twice {
+			continue
+		}
+		var vmids []VMID
 		for _, member := range fields(part[3]) {
-			id, err := ParseVMID(member)
-			if err != nil {
-				continue
+			if id, err := ParseVMID(member); err == nil {
+				vmids = append(vmids, id)
 			}
-			if _, err := h.Config(id); errors.Is(err, ErrElsewhere) || errors.Is(err, ErrNotFound) {
-				notes = append(notes, err.Error())
-				continue
-			}
-			vmids = append(vmids, id)
 		}
 		slices.Sort(vmids)
-		return slices.Compact(vmids), notes, nil
+		pools[part[1]] = slices.Compact(vmids)
 	}
-	return nil, nil, fmt.Errorf("pool %s: %w", name, ErrNotFound)
+	return pools, nil
 }
 
-// tagged finds this node's VMs with a tag. Capitals don't matter, as PVE shows one tag for both.
-func (h Host) tagged(tag string) ([]VMID, error) {
+// pool finds this node's VMs of a pool.
+func (h Host) pool(name string) (vmids []VMID, notes []string, err error) {
+	pools, err := h.Pools()
+	if err != nil {
+		return nil, nil, fmt.Errorf("pool %s: %w", name, err)
+	}
+	members, found := pools[name]
+	if !found {
+		return nil, nil, fmt.Errorf("pool %s: %w", name, ErrNotFound)
+	}
+	for _, id := range members {
+		if _, err := h.Config(id); errors.Is(err, ErrElsewhere) || errors.Is(err, ErrNotFound) {
+			notes = append(notes, err.Error())
+			continue
+		}
+		vmids = append(vmids, id)
+	}
+	return vmids, notes, nil
+}
+
+// Tags returns this node's VMs with each tag. Capitals don't matter: PVE shows one tag for both.
+func (h Host) Tags() (map[string][]VMID, error) {
 	all, err := h.VMIDs()
 	if err != nil {
 		return nil, err
 	}
-	var vmids []VMID
+	tags := map[string][]VMID{}
 	for _, id := range all {
 		c, err := h.Config(id)
 		switch {
@@ -89,10 +108,24 @@ func (h Host) tagged(tag string) ([]VMID, error) {
 			continue // gone since it was listed
 		case err != nil:
 			return nil, err
-		case slices.ContainsFunc(c.Tags(), func(t string) bool { return strings.EqualFold(t, tag) }):
-			vmids = append(vmids, id)
+		}
+		for _, tag := range c.Tags() {
+			tag = strings.ToLower(tag)
+			if !slices.Contains(tags[tag], id) {
+				tags[tag] = append(tags[tag], id)
+			}
 		}
 	}
+	return tags, nil
+}
+
+// tagged finds this node's VMs with a tag.
+func (h Host) tagged(tag string) ([]VMID, error) {
+	tags, err := h.Tags()
+	if err != nil {
+		return nil, err
+	}
+	vmids := tags[strings.ToLower(tag)]
 	if len(vmids) == 0 {
 		return nil, fmt.Errorf("tag %s: no VM of this node has it: %w", tag, ErrNotFound)
 	}

@@ -54,7 +54,7 @@ func (n node) find(fsys durable.FS, wait time.Duration, log logrus.FieldLogger, 
 type guestFlags struct {
 	VMID    []proxmox.VMID `arg:"" optional:"" name:"vmid" help:"VMs of this Proxmox VE node, by number."`
 	All     bool           `conf:"no" help:"All VMs of this node."`
-	Pool    string         `conf:"no" placeholder:"NAME" help:"The VMs of a pool, as far as they are on this node."`
+	Pool    string         `conf:"no" placeholder:"NAME" complete:"pool" help:"The VMs of a pool, as far as they are on this node."`
 	Tag     string         `conf:"no" placeholder:"TAG" help:"The VMs of this node that have a tag."`
 	Exclude []proxmox.VMID `placeholder:"VMID" help:"With --all, --pool and --tag: not this VM. Can be given several times."`
 	Socket  string         `conf:"no" placeholder:"ADDR" help:"In place of a VMID: a guest's QMP socket, as a path, unix:PATH or tcp:HOST:PORT."`
@@ -99,7 +99,7 @@ func (f *guestFlags) choose(u *ui.UI, host proxmox.Host, offline bool) (guests, 
 	if g.group {
 		selection.Exclude = f.Exclude
 	}
-	ids, notes, err := host.Select(selection)
+	ids, notes, err := vms.Select(host, selection)
 	for _, note := range notes {
 		u.Log.Infof("left out: %s", note)
 	}

@@ -15,7 +15,7 @@ import (
 
 type installCmd struct {
 	vms.Flags
-	Storage string `default:"local" placeholder:"NAME" help:"Where the script is put for a VM that has none yet: a storage with snippets. In a cluster best a shared one."`
+	Storage string `default:"local" placeholder:"NAME" complete:"snippets" help:"Where the script is put for a VM that has none yet: a storage with snippets. In a cluster best a shared one."`
 	DryRun  bool   `short:"n" help:"Show what would be changed, and change nothing."`
 }
 

@@ -3,6 +3,7 @@ package main
 
 import (
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 
@@ -59,8 +60,15 @@ func program(fsys durable.FS, host proxmox.Host) cli.Program {
 		Bind:        []any{fsys, host, pipes{os.Stdin, os.Stdout}},
 		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill", "report"}},
 		Explain:     explain,
-		Complete:    points.Sources(),
+		Complete:    offers(host),
 	}
+}
+
+// offers are what shells can offer: of the set, and of a Proxmox VE node.
+func offers(host proxmox.Host) cli.Sources {
+	sources := vms.Sources(host)
+	maps.Copy(sources, points.Sources())
+	return sources
 }
 
 func main() { cli.Main(program(durable.FS{}, proxmox.Local())) }

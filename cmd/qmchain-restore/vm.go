@@ -25,7 +25,7 @@ import (
 type vmCmd struct {
 	points.Flags `embed:""`
 	VMID         *proxmox.VMID `name:"vmid" placeholder:"N" help:"Of the new VM. Default: the one that it had."`
-	Storage      []string      `placeholder:"[D=]S" help:"The storage for all disks, or with D= for one. Default: that which each was on. Can be given several times."`
+	Storage      []string      `placeholder:"[D=]S" complete:"storage" help:"The storage for all disks, or with D= for one. Default: that which each was on. Can be given several times."`
 	Unique       bool          `help:"New MAC addresses and a new UUID, for a copy beside the VM."`
 	Start        bool          `help:"Start the VM when all is there."`
 	Live         bool          `help:"Start the VM at once and move its data while it runs; returns when that is done. Needs Proxmox VE 8.2. What the guest writes is lost if it fails before."`

@@ -6,7 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 
 	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/similar"
@@ -18,7 +20,7 @@ import (
 type Flags struct {
 	VMID    []proxmox.VMID `arg:"" optional:"" name:"vmid" help:"The VMs, by number."`
 	All     bool           `help:"All VMs of this node."`
-	Pool    string         `placeholder:"NAME" help:"The VMs of a pool, as far as they are on this node."`
+	Pool    string         `placeholder:"NAME" complete:"pool" help:"The VMs of a pool, as far as they are on this node."`
 	Tag     string         `placeholder:"TAG" help:"The VMs of this node that have a tag."`
 	Exclude []proxmox.VMID `placeholder:"VMID" help:"Not this one. With --all, --pool and --tag; can be given several times."`
 	JSON    bool           `name:"json" help:"Print one JSON document."`
@@ -47,7 +49,7 @@ func (f Flags) choose(u *ui.UI, host proxmox.Host) ([]proxmox.VMID, error) {
 	case len(f.VMID) > 0 && len(f.Exclude) > 0:
 		return nil, ui.Exit(ui.ExitUsage, errors.New("--exclude is for --all, --pool and --tag"))
 	}
-	ids, notes, err := host.Select(f.selection())
+	ids, notes, err := Select(host, f.selection())
 	for _, note := range notes {
 		u.Log.Infof("left out: %s", note)
 	}
@@ -86,6 +88,33 @@ func (f Flags) Each(ctx context.Context, u *ui.UI, host proxmox.Host, do func(pr
 		return ui.Exit(ui.ExitSomeFailed, fmt.Errorf("%d of %d VMs failed", failed, len(ids)))
 	}
 	return nil
+}
+
+// Select finds the VMs of a selection. An error that there is no such pool or tag asks for the one that may have been meant.
+func Select(host proxmox.Host, s proxmox.Selection) ([]proxmox.VMID, []string, error) {
+	ids, notes, err := host.Select(s)
+	if !errors.Is(err, proxmox.ErrNotFound) {
+		return ids, notes, err
+	}
+	name, list, kind := s.Pool, host.Pools, "pools"
+	if s.Pool == "" {
+		name, list, kind = s.Tag, host.Tags, "tags"
+	}
+	known, listErr := list()
+	if listErr != nil {
+		return ids, notes, err
+	}
+	names := slices.Sorted(maps.Keys(known))
+	hint := similar.Question(name, names)
+	switch {
+	case hint == "" && len(names) == 0:
+		hint = "there are no " + kind
+	case hint == "" && len(names) <= 10:
+		hint = kind + " are " + strings.Join(names, ", ")
+	case hint == "":
+		hint = fmt.Sprintf("there are %d %s", len(names), kind)
+	}
+	return ids, notes, ui.Hint(err, hint)
 }
 
 // Causes are what can be wrong with a VM, or with the node.

@@ -2,6 +2,9 @@ package vms
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"qmchain/cmd/internal/cli"
@@ -36,6 +39,59 @@ func TestMeant(t *testing.T) {
 	}
 	if other := errors.New("other"); !errors.Is(Meant(other, host, 112), other) || ui.HintOf(Meant(other, host, 112)) != "" {
 		t.Error("an error that has nothing to do with it got a hint")
+	}
+}
+
+func TestGroups(t *testing.T) {
+	t.Parallel()
+	host := node(t)
+	hints := func(s proxmox.Selection) string {
+		_, _, err := Select(host, s)
+		if err = Explain(err); ui.ExitCode(err) != ui.ExitNotFound {
+			t.Errorf("%+v: %v", s, err)
+		}
+		return ui.HintOf(err)
+	}
+	for want, s := range map[string]proxmox.Selection{"there are no pools": {Pool: "web"}, "there are no tags": {Tag: "web"}} {
+		if hint := hints(s); hint != want {
+			t.Errorf("%+v: %q, want %q", s, hint, want)
+		}
+	}
+	users := "pool:web::110,111::\npool:db::210::\n"
+	if err := os.WriteFile(filepath.Join(host.Etc, "user.cfg"), []byte(users), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	storages := "nfs: nas\n\tcontent images,snippets\n\nlvmthin: fast\n\tcontent images\n\ndir: isos\n\tpath /iso\n\tcontent iso\n"
+	if err := os.WriteFile(filepath.Join(host.Etc, "storage.cfg"), []byte(storages), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config, err := os.OpenFile(host.ConfigPath(111), os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = config.WriteString("tags: Prod;web\n")
+	}
+	if err := errors.Join(err, config.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for want, s := range map[string]proxmox.Selection{
+		"did you mean web?": {Pool: "wbe"}, "pools are db, web": {Pool: "elsewhere"}, "did you mean prod?": {Tag: "prd"}, "tags are prod, web": {Tag: "nightly"},
+	} {
+		if hint := hints(s); hint != want {
+			t.Errorf("%+v: %q, want %q", s, hint, want)
+		}
+	}
+	if ids, _, err := Select(host, proxmox.Selection{Tag: "PROD"}); err != nil || !slices.Equal(ids, []proxmox.VMID{111}) {
+		t.Errorf("%v, %v", ids, err)
+	}
+	for what, want := range map[string][]cli.Offer{
+		"pool": {{Word: "db", Help: "VM 210"}, {Word: "web", Help: "2 VMs"}}, "tag": {{Word: "prod", Help: "VM 111"}, {Word: "web", Help: "VM 111"}},
+		"storage": {{Word: "fast", Help: "lvmthin"}, {Word: "local", Help: "dir"}, {Word: "nas", Help: "nfs"}}, "snippets": {{Word: "local", Help: "dir"}, {Word: "nas", Help: "nfs"}},
+	} {
+		if offers := Sources(host)[what](cli.NewLine("", "")); !slices.Equal(offers, want) {
+			t.Errorf("%s: %v", what, offers)
+		}
+	}
+	if offers := Sources(host)["storage"](cli.NewLine("", "scsi0=f")); len(offers) != 3 || offers[0].Word != "scsi0=fast" {
+		t.Errorf("storages of a disk: %v", offers)
 	}
 }
 
