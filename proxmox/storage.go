@@ -103,14 +103,15 @@ func parseStorages(text, node string) map[string]Storage {
 func VolumeFile(storages map[string]Storage, volume string) string {
 	storage, name, named := strings.Cut(volume, ":")
 	s := storages[storage]
-	if !named || s.Path == "" || !filepath.IsLocal(name) {
+	kind, file, _ := strings.Cut(name, "/")
+	if !named || s.Path == "" || file == "" || file == "." || file == ".." || strings.Contains(file, "/") {
 		return ""
 	}
-	switch kind, _, _ := strings.Cut(name, "/"); kind {
+	switch kind {
 	case "iso":
-		return filepath.Join(s.Path, "template", name)
+		return filepath.Join(s.Path, "template", kind, file)
 	case "snippets":
-		return filepath.Join(s.Path, name)
+		return filepath.Join(s.Path, kind, file)
 	}
 	return ""
 }
