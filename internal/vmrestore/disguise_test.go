@@ -22,11 +22,7 @@ func TestDisguise(t *testing.T) {
 	}
 	made := func(format string) []byte {
 		path := filepath.Join(t.TempDir(), "image")
-		args := []string{"create", "-q", "-f", format, path, "1M"}
-		if format == "luks" {
-			args = []string{"create", "-q", "--object", "secret,id=s,data=x", "-f", "luks", "-o", "key-secret=s,iter-time=10", path, "1M"}
-		}
-		testenv.Output(t, "qemu-img", args...)
+		testenv.Output(t, "qemu-img", "create", "-q", "-f", format, path, "1M")
 		data, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -40,10 +36,11 @@ func TestDisguise(t *testing.T) {
 		"text":        padded(0, "# version=1\nno VMDK\n"),
 		"vmdk text":   padded(0, "# Disk DescriptorFile\nversion=1\n"),
 		"COWD":        padded(0, "COWD\x01\x00\x00\x00"),
+		"luks":        padded(0, "LUKS\xba\xbe\x00\x01"), // qemu-img makes one only where it can measure the processor
 		"not at 0":    padded(512, "LUKS\xba\xbe"),
 		"tiny":        make([]byte, 512),
 	}
-	for _, format := range []string{"qcow", "qcow2", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "luks"} {
+	for _, format := range []string{"qcow", "qcow2", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels"} {
 		disks[format] = made(format)
 	}
 	for name, data := range disks {
