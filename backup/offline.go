@@ -114,7 +114,8 @@ func startDaemon(ctx context.Context, cfg Config) (_ *daemon, err error) {
 func (d *daemon) stop() error {
 	var err error
 	if d.process != nil {
-		err = d.process.Stop(daemonStopLimit)
+		// At a SIGTERM the daemon sets a flag, and misses it where it was just about to wait for something to happen.
+		err = d.process.StopAgain(daemonStopLimit, time.Second)
 	}
 	return errors.Join(err, os.RemoveAll(d.dir))
 }

@@ -241,8 +241,10 @@ func (p planner) disk(id chain.ID, d Disk) (PlannedDisk, error) {
 		switch {
 		case len(reasons) > 0:
 			return pd.unplanned(strings.Join(reasons, "; ")), nil
-		case p.known(d.Name):
+		case p.known(d.Name, false):
 			return pd.unplanned("no bitmap records on it since its last point" + p.refusal(d.Name)), nil
+		case p.known(d.Name, true):
+			return pd.full("first point of this disk after those that were imported"), nil
 		default:
 			return pd.full("first point of this disk"), nil
 		}
@@ -308,11 +310,12 @@ func (p planner) refusal(disk string) string {
 	return ""
 }
 
-// known reports whether the repository tracks a disk of that name.
-func (p planner) known(disk string) bool {
+// known reports whether the repository has a disk of that name in points that increments could go on from: imported ones, or
+// those of runs. Only after the latter an increment is to be expected.
+func (p planner) known(disk string, imported bool) bool {
 	return slices.ContainsFunc(p.points, func(m *chain.Manifest) bool {
 		d := m.Disk(disk)
-		return d != nil && d.Level.Tracked()
+		return d != nil && d.Level.Tracked() && (m.QEMU == "") == imported
 	})
 }
 

@@ -21,7 +21,7 @@ const (
 func testPoint(id chain.ID, disks ...chain.Disk) *chain.Manifest {
 	return &chain.Manifest{
 		Format: 1, ID: id, UUID: strings.Repeat("a", 32), Time: time.Unix(0, 0),
-		Guest: chain.GuestIdentity{Name: "110", UUID: "u", VMGenID: "g"}, Disks: disks,
+		Guest: chain.GuestIdentity{Name: "110", UUID: "u", VMGenID: "g"}, QEMU: "10.1.2", Disks: disks,
 	}
 }
 
@@ -52,6 +52,8 @@ func TestPlan(t *testing.T) {
 	with := func(d Disk, change func(*Disk)) Disk { change(&d); return d }
 	bitmap := func(b qmp.DirtyBitmap, change func(*qmp.DirtyBitmap)) qmp.DirtyBitmap { change(&b); return b }
 	guest := chain.GuestIdentity{UUID: "u", VMGenID: "g"}
+	imported := testPoint(id1, testImage("scsi0", nil, ""))
+	imported.Guest, imported.QEMU = chain.GuestIdentity{Name: "110"}, ""
 
 	for _, test := range []struct {
 		what      string
@@ -81,6 +83,11 @@ func TestPlan(t *testing.T) {
 		},
 		{what: "renamed", points: chain.Points{p1}, disk: testDisk("virtio7", recording(id1, "scsi0")), level: chain.Inc, parent: id1},
 		{what: "replaced", points: chain.Points{p1}, disk: testDisk("scsi0"), level: chain.Full, unplanned: true, reason: "no bitmap records"},
+		{what: "imported", points: chain.Points{imported}, disk: testDisk("scsi0"), level: chain.Full, reason: "after those that were imported"},
+		{
+			what: "imported, and lost since", points: chain.Points{imported, p2}, disk: testDisk("scsi0"),
+			level: chain.Full, unplanned: true, reason: "no bitmap records",
+		},
 		{
 			what: "inconsistent", points: chain.Points{p1},
 			disk:  testDisk("scsi0", bitmap(recording(id1, "scsi0"), func(b *qmp.DirtyBitmap) { b.Inconsistent, b.Recording = true, false })),

@@ -48,11 +48,13 @@ func (l Level) Tracked() bool { return l == Full || l == Inc }
 type Consistency string
 
 // Instant: all disks switched at one moment, as after a power cut. Frozen: the guest's file systems were frozen by its
-// agent at that moment. Paused: the guest was paused for it by request.
+// agent at that moment. Paused: the guest was paused for it by request. Unknown: the point was imported, and what it was
+// imported from does not say.
 const (
 	Instant Consistency = "instant"
 	Frozen  Consistency = "frozen"
 	Paused  Consistency = "paused"
+	Unknown Consistency = ""
 )
 
 // GuestIdentity is what tells a guest from another one with the same name.
@@ -138,7 +140,7 @@ type Manifest struct {
 	Consistency Consistency   `json:"consistency"`
 	Note        string        `json:"note,omitempty"`
 	Protected   bool          `json:"protected,omitempty"`
-	QEMU        string        `json:"qemu"`
+	QEMU        string        `json:"qemu"` // its version; empty: the point was imported
 	Disks       []Disk        `json:"disks"`
 
 	// Base is set on a point that was removed, and is still there because points that are kept need its images, or somebody
@@ -278,7 +280,7 @@ func (m *Manifest) Validate() error {
 		return err
 	}
 	switch m.Consistency {
-	case Instant, Frozen, Paused:
+	case Instant, Frozen, Paused, Unknown:
 	default:
 		return fmt.Errorf("unknown consistency %q", m.Consistency)
 	}

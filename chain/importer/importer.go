@@ -283,7 +283,7 @@ func (p *point) run(ctx context.Context) error {
 	}
 	p.to = &chain.Manifest{
 		Format: chain.FormatVersion, ID: p.from.ID, UUID: p.from.UUID, Time: p.from.Time, Guest: p.from.Guest,
-		Consistency: chain.Instant, // the least that can be said
+		Consistency: chain.Unknown,
 	}
 	p.to.Guest.Name = p.Guest
 	if err := repo.CheckGuest(p.there, p.to); err != nil {

@@ -125,6 +125,9 @@ func imported(t testing.TB, dir string, from *source.Points) map[string]string {
 			if !strings.HasPrefix(m.Note, "imported from ") && !strings.Contains(m.Note, "; imported from ") {
 				t.Errorf("note %q", m.Note)
 			}
+			if m.Consistency != chain.Unknown || m.QEMU != "" {
+				t.Errorf("%s is said to be %q and made by QEMU %q, of which the set says nothing", m.ID, m.Consistency, m.QEMU)
+			}
 			digests[theirs.Disk(d.Name).File] = sum // of a file with snapshots, the newest
 		}
 	}

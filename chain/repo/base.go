@@ -254,17 +254,30 @@ func (g *Guest) DropRemoved() error {
 	return nil
 }
 
-// DropTemporary removes what a Rewrite that was cut off has left. The caller holds the prune lock, as does every Rewrite.
-func (g *Guest) DropTemporary(f Folder) error {
+// Temporary names the files that a Rewrite that was cut off has left in a folder; or those of one that is under way, unless the
+// caller holds the prune lock, as does every Rewrite.
+func (g *Guest) Temporary(f Folder) ([]string, error) {
 	entries, err := os.ReadDir(g.FolderDir(f))
 	if err != nil {
-		return fmt.Errorf("guest %s: %w", g.Name, err)
+		return nil, fmt.Errorf("guest %s: %w", g.Name, err)
 	}
+	var names []string
 	for _, e := range entries {
-		if !durable.Temporary(e.Name()) {
-			continue
+		if durable.Temporary(e.Name()) {
+			names = append(names, e.Name())
 		}
-		if err := g.Repo.FS.Remove(filepath.Join(g.FolderDir(f), e.Name())); err != nil {
+	}
+	return names, nil
+}
+
+// DropTemporary removes what a Rewrite that was cut off has left. The caller holds the prune lock.
+func (g *Guest) DropTemporary(f Folder) error {
+	names, err := g.Temporary(f)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := g.Repo.FS.Remove(filepath.Join(g.FolderDir(f), name)); err != nil {
 			return fmt.Errorf("guest %s: %w", g.Name, err)
 		}
 	}

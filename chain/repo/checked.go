@@ -100,9 +100,11 @@ func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 	if err != nil {
 		return err
 	}
-	c.add(found, func(id chain.ID) bool {
-		return slices.ContainsFunc(folders, func(f Folder) bool { return f.ID == id && !f.Base })
-	})
+	have := make(map[chain.ID]bool, len(folders))
+	for _, f := range folders {
+		have[f.ID] = !f.Base
+	}
+	c.add(found, have)
 	text, err := json.MarshalIndent(c, "", " ")
 	if err != nil {
 		return err
@@ -117,26 +119,33 @@ func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 }
 
 // add takes in what was found; have says which points there are.
-func (c *Checked) add(found Checked, have func(chain.ID) bool) {
+func (c *Checked) add(found Checked, have map[chain.ID]bool) {
+	verified, drilled := map[chain.ID][]Verified{}, map[chain.ID]bool{}
+	for _, v := range found.Verified {
+		verified[v.Point] = append(verified[v.Point], v)
+	}
+	for _, d := range found.Drilled {
+		drilled[d.Point] = true
+	}
 	old := *c
 	c.Verified, c.Drilled = []Verified{}, []Drilled{}
 	for _, o := range old.Verified {
-		if have(o.Point) && !slices.ContainsFunc(found.Verified, func(v Verified) bool { return v.covers(o) }) {
+		if have[o.Point] && !slices.ContainsFunc(verified[o.Point], func(v Verified) bool { return v.covers(o) }) {
 			c.Verified = append(c.Verified, o)
 		}
 	}
 	for _, o := range old.Drilled {
-		if have(o.Point) && !slices.ContainsFunc(found.Drilled, func(d Drilled) bool { return d.Point == o.Point }) {
+		if have[o.Point] && !drilled[o.Point] {
 			c.Drilled = append(c.Drilled, o)
 		}
 	}
 	for _, v := range found.Verified {
-		if have(v.Point) {
+		if have[v.Point] {
 			c.Verified = append(c.Verified, v)
 		}
 	}
 	for _, d := range found.Drilled {
-		if have(d.Point) {
+		if have[d.Point] {
 			c.Drilled = append(c.Drilled, d)
 		}
 	}

@@ -220,8 +220,8 @@ func spent(g *repo.Guest, points chain.Points, base *chain.Manifest, d *chain.Di
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// Unfinished says what a crash has left half-done: merges that have begun. Sweep ends them. While another one sweeps, it says
-// what that one is at.
+// Unfinished says what a crash has left half-done: merges that have begun, and manifests that were being written. Sweep puts an
+// end to them. Without the prune lock it can be what another one is at.
 func Unfinished(g *repo.Guest) ([]string, error) {
 	points, _, err := g.Points()
 	if err != nil {
@@ -233,6 +233,13 @@ func Unfinished(g *repo.Guest) ([]string, error) {
 	}
 	var found []string
 	for _, f := range folders {
+		names, err := g.Temporary(f)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // it has just gone
+			return nil, err
+		}
+		for _, name := range names {
+			found = append(found, fmt.Sprintf("%s: %s is left of a change that was cut off", f.Name, name))
+		}
 		m, err := g.Decode(f)
 		if err != nil {
 			continue // for who reads points to complain of

@@ -315,7 +315,7 @@ func TestCommitIsCutOff(t *testing.T) {
 	}
 	defer lock.Unlock()
 	r := g.remover()
-	r.RateLimit = 2 << 20
+	r.RateLimit = 256 << 10
 	if err := r.Remove(g.points(), false, g.points()[0].ID); err != nil {
 		t.Fatal(err)
 	}

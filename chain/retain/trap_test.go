@@ -319,15 +319,22 @@ func TestOneDiskIsDone(t *testing.T) {
 	g.check("merged")
 }
 
-// What a kill has left of a manifest that was being written goes with the next sweep.
+// What a kill has left of a manifest that was being written is told, and goes with the next sweep.
 func TestTemporaryFilesGo(t *testing.T) {
 	t.Parallel()
 	g := newGuest(t)
 	g.fill(2)
+	if found, err := retain.Unfinished(g.Guest.Guest); err != nil || len(found) > 0 {
+		t.Errorf("unfinished: %q, %v", found, err)
+	}
 	for _, m := range g.points() {
 		if err := os.WriteFile(filepath.Join(g.PointDir(m.ID), ".tmp-point.json-123"), []byte("{"), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+	found, err := retain.Unfinished(g.Guest.Guest)
+	if err != nil || len(found) != 2 || !strings.Contains(found[0], ".tmp-point.json-123") {
+		t.Errorf("unfinished: %q, %v", found, err)
 	}
 	left, err := g.sweep()
 	g.done(left, err, 2)

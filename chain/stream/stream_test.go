@@ -468,6 +468,44 @@ func TestMergingParent(t *testing.T) {
 	check(t, to, g, p[0], ids(g)[2])
 }
 
+// A parent of which the receiver has merged one disk away, while two points are read through another, is refused as long as that
+// is so; once it is gone as a whole, it is sent again.
+func TestHalfMergedParent(t *testing.T) {
+	t.Parallel()
+	to := t.TempDir()
+	g := repotest.NewGuest(t, repotest.New(t, t.TempDir()), "110", start)
+	disk := func(name string, i byte) repotest.Disk {
+		return repotest.Disk{Name: name, Size: size2, Write: repotest.RandomWrites(uint64(i), 4, size2-512, 10*i)}
+	}
+	diff := func(d repotest.Disk) repotest.Disk { d.Diff = true; return d }
+	g.Add(disk("scsi0", 1), disk("scsi1", 2))
+	g.Add(diff(disk("scsi0", 3)), diff(disk("scsi1", 4)))
+	g.Add(diff(disk("scsi1", 5)))
+	g.Add(disk("scsi0", 6), disk("scsi1", 7))
+	p := ids(g)
+	receive(t, to, send(t, g.Repo, nil, string(p[2]), string(p[3])))
+	there := guestOf(t, to)
+	remove(t, there, p[0])
+	if _, err := os.Stat(there.ImagePath(p[0], "scsi0")); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("scsi0 was not merged: %v", err)
+	}
+	late := func() ([]Received, error) {
+		return receiver(to, durable.FS{}).Receive(t.Context(), bytes.NewReader(send(t, g.Repo, have(t, to), string(p[1]))))
+	}
+	for range 2 {
+		if list, err := late(); !errors.Is(err, ErrUnsettled) || len(list) > 0 {
+			t.Errorf("received: %+v, %v", list, err)
+		}
+		check(t, to, g, p[2], p[3])
+		remove(t, there) // which can't end it: two points need scsi1
+	}
+	remove(t, there, p[2])
+	if _, err := late(); err != nil {
+		t.Error(err)
+	}
+	check(t, to, g, p[0], p[1], p[3])
+}
+
 // What is damaged is not sent on.
 func TestDamagedSender(t *testing.T) {
 	t.Parallel()

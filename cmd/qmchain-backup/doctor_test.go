@@ -1,6 +1,9 @@
 package main
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -81,5 +84,39 @@ func TestCleanup(t *testing.T) {
 	}
 	if all := b.bitmaps(); strings.Contains(all, "qmchain:") {
 		t.Errorf("left: %s", all)
+	}
+}
+
+// What is left of a manifest that was being written is told of and removed, but not while somebody may be writing it.
+func TestDoctorFindsTemporaryFiles(t *testing.T) {
+	t.Parallel()
+	dir, web, _ := pruneRepo(t)
+	left := filepath.Join(web.PointDir(web.Points[2].ID), ".tmp-point.json-123")
+	if err := os.WriteFile(left, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"doctor", "--name", "web", "--repo", dir, "--fleece-dir", t.TempDir()}
+	lock, err := web.LockPrune(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, stdout, stderr := call(t, args...); code != 0 {
+		t.Errorf("while points are removed: exit code %d: %s%s", code, stdout, stderr)
+	}
+	if code, stdout, stderr := call(t, append(args, "--fix", "--lock-wait=0s")...); code != 3 {
+		t.Errorf("fix while points are removed: exit code %d: %s%s", code, stdout, stderr)
+	}
+	lock.Unlock()
+	if code, stdout, stderr := call(t, args...); code != 6 || !strings.Contains(stdout, ".tmp-point.json-123") {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
+	}
+	if _, err := os.Stat(left); err != nil {
+		t.Error(err)
+	}
+	if code, stdout, stderr := call(t, append(args, "--fix")...); code != 0 {
+		t.Errorf("fix: exit code %d: %s%s", code, stdout, stderr)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -29,11 +30,21 @@ type removing struct {
 	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another one who removes points of the guest."`
 }
 
-// sweep removes ids, which can be none, and does away with what is left of removed points, as far as that is possible now.
+// sweep removes what choose chooses, which can be nothing, and does away with what is left of removed points, as far as that is
+// possible now. By force also points that runs build on: one that is under way would fail at its end, and is waited for.
 func (c *removing) sweep(ctx context.Context, u *ui.UI, g *repo.Guest, force bool, choose func(chain.Points) ([]chain.ID, error)) error {
 	rate, err := cli.Size("--rate-limit", c.RateLimit)
 	if err != nil {
 		return err
+	}
+	runs := func() {}
+	if force {
+		lock, err := g.Lock(ctx, c.LockWait)
+		if err != nil {
+			return fmt.Errorf("a run may be under way that builds on what is to be removed: %w", err)
+		}
+		runs = sync.OnceFunc(lock.Unlock)
+		defer runs()
 	}
 	lock, err := g.LockPrune(ctx, c.LockWait)
 	if err != nil {
@@ -55,6 +66,7 @@ func (c *removing) sweep(ctx context.Context, u *ui.UI, g *repo.Guest, force boo
 	if err := r.Remove(points, force, ids...); err != nil {
 		return err
 	}
+	runs()
 	left, err := r.Sweep(ctx)
 	for _, l := range left {
 		u.Log.Infof("%s/%s is removed, but its space is not free yet: %s", g.Name, l.ID, l.Why)
@@ -72,8 +84,8 @@ type pruneCmd struct {
 	KeepMonthly int  `placeholder:"N" help:"The same for months."`
 	KeepYearly  int  `placeholder:"N" help:"The same for years."`
 	KeepAll     bool `help:"Keep all points; only do away with what is left of removed ones."`
-	DryRun      bool `short:"n" help:"Only show what would be kept and removed."`
-	JSON        bool `name:"json" help:"Print one JSON document."`
+	DryRun      bool `conf:"no" short:"n" help:"Only show what would be kept and removed."`
+	JSON        bool `conf:"no" name:"json" help:"Print one JSON document."`
 
 	Guest []string `arg:"" optional:"" help:"Only these guests."`
 }
@@ -189,14 +201,23 @@ func printPruned(w io.Writer, points []prunedPoint) error {
 
 type removeCmd struct {
 	removing `embed:""`
-	Force    bool     `help:"Also points from which increments go on: the next run takes a full then."`
+	Force    bool     `conf:"no" help:"Also points from which increments go on: the next run takes a full then. A run that is under way is waited for, as long as --lock-wait says."`
 	Point    []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
 }
 
 // Run removes all points or, where one can't be removed, none of that guest's.
 func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	return eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error {
-		return c.sweep(ctx, u, g, c.Force, func(points chain.Points) ([]chain.ID, error) { return resolve(points, g.Name, names) })
+		// What is the latest now may not be it any more once the locks are there.
+		points, _, err := g.Points()
+		if err != nil {
+			return err
+		}
+		ids, err := resolve(points, g.Name, names)
+		if err != nil {
+			return err
+		}
+		return c.sweep(ctx, u, g, c.Force, func(chain.Points) ([]chain.ID, error) { return ids, nil })
 	})
 }
 

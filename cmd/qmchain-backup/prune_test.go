@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -151,6 +152,51 @@ func TestPruneRefuses(t *testing.T) {
 	}
 	if ids := listedIDs(t, dir); len(ids) != 7 {
 		t.Errorf("left are %q", ids)
+	}
+}
+
+// A run that is under way may build on the newest point, and does not on a diff.
+func TestRemoveDuringARun(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	g := repotest.NewGuest(t, repotest.New(t, dir), "web", time.Now())
+	g.Add(repotest.Disk{Name: "scsi0", Size: 1 << 20})
+	g.Add(repotest.Disk{Name: "scsi0"})
+	g.Add(repotest.Disk{Name: "scsi0", Diff: true})
+	g.Add(repotest.Disk{Name: "scsi0"})
+	// The last one is still being made.
+	made, hidden := g.PointDir(g.Points[3].ID), filepath.Join(t.TempDir(), "hidden")
+	if err := os.Rename(made, hidden); err != nil {
+		t.Fatal(err)
+	}
+	run, err := g.Lock(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Unlock()
+	if code, _, stderr := call(t, "remove", "--repo", dir, "web/latest"); code != 0 || len(listedIDs(t, dir)) != 2 {
+		t.Errorf("a diff: exit code %d: %s", code, stderr)
+	}
+	before := tree(t, dir)
+	if code, _, stderr := call(t, "remove", "--repo", dir, "web/latest"); code != 1 || !strings.Contains(stderr, "go on from it") {
+		t.Errorf("the newest: exit code %d: %s", code, stderr)
+	}
+	if code, _, stderr := call(t, "remove", "--repo", dir, "--force", "--lock-wait=0s", "web/latest"); code != 3 || !strings.Contains(stderr, "a run may be under way") {
+		t.Errorf("by force: exit code %d: %s", code, stderr)
+	}
+	if tree(t, dir) != before {
+		t.Error("something was changed")
+	}
+	time.AfterFunc(300*time.Millisecond, func() {
+		if err := os.Rename(hidden, made); err != nil {
+			t.Error(err)
+		}
+		run.Unlock()
+	})
+	code, _, stderr := call(t, "remove", "--repo", dir, "--force", "web/latest")
+	want := []string{"web/" + string(g.Points[0].ID), "web/" + string(g.Points[3].ID)}
+	if got := listedIDs(t, dir); code != 0 || !slices.Equal(got, want) {
+		t.Errorf("by force, once the run has ended: exit code %d: %s, left are %q, want %q", code, stderr, got, want)
 	}
 }
 

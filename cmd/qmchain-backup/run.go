@@ -25,7 +25,7 @@ type runFlags struct {
 	Level       chain.Level `enum:"auto,full,inc,diff,copy" default:"auto" help:"auto: an increment of each disk where that is safe, else a full; full: begin new chains; inc: fail where an increment is not possible; diff: as inc, but the next increment is since the same point again; copy: a full outside of any chain."`
 	Disk        []string    `placeholder:"D" help:"Only this disk, even if it has backup=0. Can be given several times."`
 	ExcludeDisk []string    `placeholder:"D" help:"Not this disk. Can be given several times."`
-	NewChain    string      `placeholder:"WHEN" help:"When auto begins a new chain: monthly, weekly, daily, points:N or age:30d."`
+	NewChain    string      `placeholder:"WHEN" help:"When auto begins a new chain: monthly, weekly, daily, points:N or age:30d. A chain counts from the oldest point that prune has left of it."`
 	Adopt       bool        `conf:"no" help:"Go on though the newest point is of a guest with another UUID."`
 }
 
@@ -70,7 +70,7 @@ type runCmd struct {
 	NoFreeze      bool          `help:"Don't freeze file systems, whatever the VM's option agent says."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 
-	JSON        bool     `name:"json" help:"Print events, one JSON document a line, in place of the point's name. With --dry-run, what estimate prints."`
+	JSON        bool     `conf:"no" name:"json" help:"Print events, one JSON document a line, in place of the point's name. With --dry-run, what estimate prints."`
 	MetricsFile string   `placeholder:"FILE" help:"Write metrics to FILE for node_exporter's textfile collector."`
 	Offline     []string `conf:"no" placeholder:"DISK=FORMAT:PATH" help:"In place of --socket: back up this image of a stopped guest, such as scsi0=qcow2:/images/a.qcow2. Can be given several times. Those of a stopped VM are found."`
 	Init        bool     `conf:"no" help:"Make a repository even if the guest is tracked for another one."`

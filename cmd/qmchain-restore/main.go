@@ -92,7 +92,7 @@ func explain(err error) error {
 		{Is: standard.ErrInside, Code: ui.ExitFailed, Hint: "choose a folder outside"},
 		{Is: standard.ErrNoSpace, Code: ui.ExitFailed},
 		{Is: standard.ErrCannot, Code: ui.ExitFailed, Hint: "--output leaves the backups as they are"},
-		{Is: stream.ErrUnsettled, Code: ui.ExitNeedsDoctor, Hint: "`qmchain-backup prune --keep-all` on the repository that says so ends it"},
+		{Is: stream.ErrUnsettled, Code: ui.ExitNeedsDoctor, Hint: "`qmchain-backup prune --keep-all` on the repository that says so ends it, or tells what it waits for; then send again"},
 		{Is: stream.ErrOtherPoint, Code: ui.ExitFailed, Hint: "nothing that is there is replaced: receive into another repository"},
 		{Is: repo.ErrOtherGuest, Code: ui.ExitFailed},
 		{Is: importer.ErrNotForeign, Code: ui.ExitUsage, Hint: "`qmchain-restore send` and `receive` take points from one repository to another"},

@@ -36,7 +36,7 @@ type Attribute struct {
 //	guest        the guest's name
 //	point, uuid  the point's id, and what tells it from another one of that id
 //	time         of the instant, in UTC, RFC 3339
-//	consistency  instant, frozen or paused
+//	consistency  instant, frozen or paused; not there where it is not known
 //	level        full, inc, diff or copy; of a point whose disks' levels differ, mixed
 //	note         what was noted at the backup
 //	protected    "true": prune leaves the point alone

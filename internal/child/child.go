@@ -116,14 +116,22 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 func (p *Process) Err() error { return p.err }
 
 // Stop asks the child to end by SIGTERM, and kills it when it has not ended within limit. It can be called again.
-func (p *Process) Stop(limit time.Duration) error {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.done:
-		return p.err
-	case <-time.After(limit):
-		_ = p.cmd.Process.Kill()
-		<-p.done
-		return fmt.Errorf("%s: did not end within %s and was killed: %w", p.cmd.Path, limit, context.DeadlineExceeded)
+func (p *Process) Stop(limit time.Duration) error { return p.StopAgain(limit, limit) }
+
+// StopAgain is Stop for a program that can miss the signal, as it only sets a flag that is looked at before the program goes to
+// sleep: it is asked once more whenever that time has passed.
+func (p *Process) StopAgain(limit, again time.Duration) error {
+	end := time.After(limit)
+	for {
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-p.done:
+			return p.err
+		case <-time.After(again):
+		case <-end:
+			_ = p.cmd.Process.Kill()
+			<-p.done
+			return fmt.Errorf("%s: did not end within %s and was killed: %w", p.cmd.Path, limit, context.DeadlineExceeded)
+		}
 	}
 }

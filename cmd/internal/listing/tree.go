@@ -181,7 +181,10 @@ func pointRow(at string, e entry, last *Point, now time.Time, long bool) row {
 	}
 	switch {
 	case long:
-		remarks = append(remarks, p.Time.Local().Format("2006-01-02 15:04:05"), string(p.Consistency))
+		remarks = append(remarks, p.Time.Local().Format("2006-01-02 15:04:05"))
+		if p.Consistency != chain.Unknown {
+			remarks = append(remarks, string(p.Consistency))
+		}
 	case p.Level == chain.Mixed:
 		remarks = append(remarks, p.disks(true))
 	case last == nil || last.disks(false) != p.disks(false):

@@ -21,7 +21,7 @@ const smoke, quick, full = "smoke", "quick", "full"
 var cases = []benchCase{
 	{"Mount", map[string]string{
 		smoke: "-mount-size 64MiB -mount-lengths 1,10 -mount-window 50ms -mount-rounds 1 -mount-files 500 -mount-text 32MiB",
-		quick: "-mount-size 384MiB -mount-lengths 1,10,50,200 -mount-window 200ms -mount-rounds 3 -mount-files 10000 -mount-text 128MiB",
+		quick: "-mount-size 384MiB -mount-lengths 1,10,50,200,365 -mount-window 200ms -mount-rounds 3 -mount-files 10000 -mount-text 128MiB",
 		full:  "-mount-size 2GiB -mount-lengths 1,10,50,200,365 -mount-window 1s -mount-rounds 7 -mount-files 50000 -mount-text 512MiB",
 	}},
 	{"Restore", map[string]string{
