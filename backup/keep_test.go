@@ -98,13 +98,7 @@ func (r *keepRig) empty() {
 func (r *keepRig) powerOff() {
 	r.t.Helper()
 	r.vm.PowerOff()
-	for range 200 {
-		if r.vm.Status() == "shutdown" {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	r.t.Fatal("the guest did not power off")
+	r.wait("the guest has powered off", func() bool { return r.vm.Status() == "shutdown" })
 }
 
 func (r *keepRig) do(f func(context.Context) error) {
@@ -681,7 +675,7 @@ func (r *keepRig) keep(k *backup.Keeper) (stop func()) {
 			if err != nil {
 				r.t.Errorf("keeper: %v", err)
 			}
-		case <-time.After(3 * time.Second):
+		case <-time.After(time.Minute):
 			r.t.Error("the keeper did not end")
 		}
 	}

@@ -122,7 +122,7 @@ func TestVolumesWithoutProof(t *testing.T) {
 			t.Fatal(err)
 		}
 		testenv.Output(t, "mount", append(args, at)...)
-		t.Cleanup(func() { testenv.Output(t, "umount", at) })
+		t.Cleanup(func() { testenv.Output(t, "umount", "-l", at) })
 		return filepath.Join(at, "disk")
 	}
 	fifo := filepath.Join(dir, "fifo")
@@ -223,7 +223,7 @@ func TestDeviceShowsWrites(t *testing.T) {
 	}
 	// A dmsetup that prints what the test says.
 	bin, table := t.TempDir(), filepath.Join(root, "table")
-	if err := os.WriteFile(filepath.Join(bin, "dmsetup"), []byte("#!/bin/sh\necho $2\ncat "+table+"\n"), 0o700); err != nil {
+	if err := testenv.WriteProgram(filepath.Join(bin, "dmsetup"), "#!/bin/sh\necho $2\ncat "+table+"\n"); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))

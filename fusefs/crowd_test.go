@@ -186,7 +186,7 @@ func (c *crowd) reader(m *mount, r *rand.Rand, until time.Time) (checked int, er
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, unix.Munmap(buf)) }()
-	for time.Now().Before(until) {
+	for checked == 0 || time.Now().Before(until) {
 		id, sums := c.pick(r)
 		flags := unix.O_RDONLY
 		if r.IntN(4) > 0 {

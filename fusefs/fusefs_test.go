@@ -599,18 +599,37 @@ func TestImagesAreClosed(t *testing.T) {
 	for len(g.Points) < points {
 		increment(g, byte(len(g.Points)))
 	}
-	m := mountRepo(t, g.Repo)
 	isOpen := func(n int) func() bool { return func() bool { return openUnder(t, g.Repo.Dir) == n } }
-	opened := func(want int) {
-		t.Helper()
-		if n := counter(t, m, `qmchain_fuse_disks_opened_total{,how="first"`); n != strconv.Itoa(want) {
-			t.Errorf("disks were opened %s times, want %d", n, want)
-		}
-	}
-	unused := func() bool { return counter(t, m, "qmchain_fuse_open_disks{") == "0" }
 	if !isOpen(0)() {
 		t.Fatal("files of the repository are open before any disk is")
 	}
+	// What is kept is kept for five seconds. A machine that is too busy for that proves nothing.
+	for range 5 {
+		began := time.Now()
+		wrong := keptImages(t, g, points, kept)
+		inTime := time.Since(began) < 4*time.Second
+		eventually(t, "closed", isOpen(0))
+		if inTime {
+			for _, w := range wrong {
+				t.Error(w)
+			}
+			return
+		}
+	}
+	t.Error("it takes more than four seconds to open a few disks")
+}
+
+// keptImages looks into the disks of a guest's points, one after the other, and says what is wrong with what is open then.
+func keptImages(t *testing.T, g *repotest.Guest, points, kept int) (wrong []string) {
+	t.Helper()
+	m := mountRepo(t, g.Repo)
+	opened := func(want int) {
+		t.Helper()
+		if n := counter(t, m, `qmchain_fuse_disks_opened_total{,how="first"`); n != strconv.Itoa(want) {
+			wrong = append(wrong, fmt.Sprintf("disks were opened %s times, want %d", n, want))
+		}
+	}
+	unused := func() bool { return counter(t, m, "qmchain_fuse_open_disks{") == "0" }
 	for _, p := range slices.Backward(g.Points) {
 		path := m.path("110", string(p.ID), "scsi0.raw")
 		a, b := must(os.Open(path))(t), must(os.Open(path))(t)
@@ -620,14 +639,14 @@ func TestImagesAreClosed(t *testing.T) {
 		eventually(t, "not in use", unused)
 	}
 	opened(points)
-	if !isOpen(kept)() { // those of the oldest points, of which each has one file more than the one before
-		t.Errorf("%d files are open, want %d", openUnder(t, g.Repo.Dir), kept)
+	if n := openUnder(t, g.Repo.Dir); n != kept { // those of the oldest points, of which each has one file more than the one before
+		wrong = append(wrong, fmt.Sprintf("%d files are open, want %d", n, kept))
 	}
 	for range 3 {
 		_ = must(os.Open(m.path("110", string(g.Points[0].ID), "scsi0.raw")))(t).Close()
 	}
 	opened(points)
-	eventually(t, "closed", isOpen(0))
+	return wrong
 }
 
 // openUnder counts this process's open image files under dir.
@@ -645,10 +664,10 @@ func openUnder(t *testing.T, dir string) int {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within ten seconds: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

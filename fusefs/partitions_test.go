@@ -249,7 +249,7 @@ func TestPartitionsOfAHangingDisk(t *testing.T) {
 	if names != "point.json scsi0.raw" {
 		t.Errorf("listed are %s", names)
 	}
-	if took := time.Since(began); took > 8*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %s", took)
 	}
 	if _, err := os.Stat(m.path("110", "latest", "scsi0-part1.raw")); !errors.Is(err, unix.EIO) {
@@ -283,7 +283,7 @@ func TestUnmountWhileATableHangs(t *testing.T) {
 	if err := m.Unmount(t.Context()); !errors.Is(err, fusefs.ErrHangs) {
 		t.Errorf("unmount: %v", err)
 	}
-	if took := time.Since(began); took > 10*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %s", took)
 	}
 	if line := mountLine(t, dir); line != "" {

@@ -368,14 +368,14 @@ func TestUnmountWhileTheShareHangs(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-	if took := time.Since(began); took > 8*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("looks at the root took %s", took)
 	}
 	began = time.Now()
 	if err := m.Unmount(t.Context()); !errors.Is(err, fusefs.ErrHangs) {
 		t.Errorf("unmount: %v", err)
 	}
-	if took := time.Since(began); took > 12*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %s", took)
 	}
 	select {
@@ -383,7 +383,7 @@ func TestUnmountWhileTheShareHangs(t *testing.T) {
 		if err == nil {
 			t.Error("the list succeeded")
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Error("who lists still waits")
 	}
 	if line := mountLine(t, dir); line != "" {
@@ -414,7 +414,7 @@ func TestOneOfSeveralHangs(t *testing.T) {
 			if !slices.Equal(names, []string{"hanging.110", "well.110"}) {
 				t.Errorf("there is %q", names)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatal("the list does not come")
 		}
 		if got := must(digestOf(m.path("well.110", "latest", "scsi0.raw")))(t); got != want {
@@ -425,7 +425,7 @@ func TestOneOfSeveralHangs(t *testing.T) {
 	if err := m.Unmount(t.Context()); err != nil && !errors.Is(err, fusefs.ErrHangs) {
 		t.Errorf("unmount: %v", err)
 	}
-	if took := time.Since(began); took > 15*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("it took %s", took)
 	}
 }

@@ -265,7 +265,7 @@ func (m *Mounted) awaitGone() error {
 	select {
 	case <-m.gone:
 		return m.err
-	case <-time.After(endLimit + 2*watchEvery):
+	case <-time.After(endLimit + 5*watchEvery):
 		return ErrBusy
 	}
 }

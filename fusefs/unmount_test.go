@@ -38,7 +38,7 @@ func TestUnmountFromOutside(t *testing.T) {
 	m := mountRepo(t, smallGuest(t).Repo)
 	_ = must(os.ReadFile(m.path("110", "latest", "scsi0.raw")))(t)
 	run(t, "umount", m.dir)
-	if err := ended(t, m, 5*time.Second); err != nil {
+	if err := ended(t, m, time.Minute); err != nil {
 		t.Error(err)
 	}
 	if line := mountLine(t, m.dir); line != "" {
@@ -97,7 +97,7 @@ func TestDetachedFromOutside(t *testing.T) {
 	if err := disk.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := ended(t, m, 5*time.Second); err != nil {
+	if err := ended(t, m, time.Minute); err != nil {
 		t.Error(err)
 	}
 }
@@ -126,7 +126,7 @@ func TestUnmountWithACopyInAnotherNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, "umount", m.dir)
-	err = ended(t, m, 10*time.Second)
+	err = ended(t, m, time.Minute)
 	if err != nil && !errors.Is(err, fusefs.ErrBusy) {
 		t.Error(err)
 	}
@@ -144,7 +144,7 @@ func TestAbortedFromOutside(t *testing.T) {
 	if err := unix.Unmount(m.dir, unix.MNT_FORCE); err != nil && !errors.Is(err, unix.EBUSY) {
 		t.Fatal(err)
 	}
-	if err := ended(t, m, 5*time.Second); err != nil {
+	if err := ended(t, m, time.Minute); err != nil {
 		t.Error(err)
 	}
 	if line := mountLine(t, m.dir); line != "" {
@@ -164,7 +164,7 @@ func TestUnmountWithAFileOpen(t *testing.T) {
 	if err := m.Unmount(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > 8*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %s", took)
 	}
 	if line := mountLine(t, m.dir); line != "" {
@@ -270,7 +270,7 @@ func TestUnmountWhileTheRepositoryHangs(t *testing.T) {
 	if !errors.Is(err, fusefs.ErrHangs) {
 		t.Errorf("unmount: %v", err)
 	}
-	if took := time.Since(began); took > 12*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("unmount took %s", took)
 	}
 	select {
@@ -278,7 +278,7 @@ func TestUnmountWhileTheRepositoryHangs(t *testing.T) {
 		if err == nil {
 			t.Error("the read succeeded")
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Error("who reads still waits")
 	}
 	if line := mountLine(t, dir); line != "" {

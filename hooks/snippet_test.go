@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"qmchain/internal/testenv"
 )
 
 func TestWrap(t *testing.T) {
@@ -40,7 +42,7 @@ func TestScript(t *testing.T) {
 	}
 	write := func(name, text string) string {
 		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o700); err != nil {
+		if err := testenv.WriteProgram(path, text); err != nil {
 			t.Fatal(err)
 		}
 		return path

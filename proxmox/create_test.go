@@ -66,7 +66,7 @@ rbd: ceph
 		t.Errorf("%v, %s", err, diff)
 	}
 	for volume, path := range map[string]string{
-		"local:iso/a.iso": "/srv/vz/template/iso/a.iso", "nas:snippets/x/y.sh": "/mnt/pve/nas/snippets/x/y.sh",
+		"local:iso/a.iso": "/srv/vz/template/iso/a.iso", "nas:snippets/y.sh": "/mnt/pve/nas/snippets/y.sh", "nas:snippets/x/y.sh": "",
 		"local:110/vm-110-disk-0.raw": "", "local-lvm:iso/a.iso": "", "gone:iso/a.iso": "", "none": "", "local:iso/../../../etc/passwd": "",
 	} {
 		if got := proxmox.VolumeFile(want, volume); got != path {

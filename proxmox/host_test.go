@@ -104,7 +104,7 @@ func TestSelect(t *testing.T) {
 func TestSetExplains(t *testing.T) {
 	t.Parallel()
 	n := pvetest.Install(t)
-	n.LockTimeout = 50 * time.Millisecond
+	n.LockTimeout = time.Second
 	h := hostOf(n)
 	n.AddVM(110)
 	read := func() *proxmox.Config {
@@ -285,13 +285,26 @@ func TestKeepAlive(t *testing.T) {
 		}
 		held = append(held, alive)
 	}
-	time.Sleep(200 * time.Millisecond) // QEMU connects, and all is read
-	_ = held[1].Close()
-	time.Sleep(100 * time.Millisecond)
-	if err := held[0].Repeat(t.Context()); err != nil {
-		t.Error(err)
+	say := func(i int) {
+		t.Helper()
+		if err := held[i].Repeat(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 	}
-	time.Sleep(100 * time.Millisecond)
+	await := func(kept bool, say func()) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); n.KeptAlive(110) != kept; time.Sleep(200 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("kept alive is still %v", !kept)
+			}
+			say()
+		}
+	}
+	await(true, func() { say(0) }) // QEMU may connect only now
+	say(1)
+	_ = held[1].Close()
+	await(false, func() {})
+	await(true, func() { say(0) })
 	n.VM(110).PowerOff()
 	n.VM(110).WaitEvent("SHUTDOWN", 30*time.Second)
 	time.Sleep(200 * time.Millisecond)

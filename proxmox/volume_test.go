@@ -82,7 +82,7 @@ func TestFreezeLimits(t *testing.T) {
 		return proxmox.FSFreeze{Host: proxmox.Host{Program: qm}, VMID: 110}
 	}
 	short := func() context.Context {
-		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second) // long enough for what does not hang
 		t.Cleanup(cancel)
 		return ctx
 	}

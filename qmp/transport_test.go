@@ -92,11 +92,13 @@ func TestRepeatedReply(t *testing.T) {
 type stuckConn struct {
 	net.Conn
 	takes    int
+	stuck    func() // called when it blocks
 	deadline chan struct{}
 	closed   atomic.Bool
 }
 
 func (c *stuckConn) Write([]byte) (int, error) {
+	c.stuck()
 	<-c.deadline
 	return c.takes, os.ErrDeadlineExceeded
 }
@@ -120,10 +122,9 @@ func TestInterruptedWrite(t *testing.T) {
 	for takes, ends := range map[int]bool{0: false, 1: true} {
 		server, client := net.Pipe()
 		defer server.Close()
-		conn := &stuckConn{Conn: client, takes: takes, deadline: make(chan struct{})}
-		c := connected(t, conn)
 		ctx, cancel := context.WithCancel(t.Context())
-		time.AfterFunc(20*time.Millisecond, cancel)
+		conn := &stuckConn{Conn: client, takes: takes, stuck: cancel, deadline: make(chan struct{})}
+		c := connected(t, conn)
 		err := c.Execute(ctx, "stop", nil, nil)
 		if !errors.Is(err, context.Canceled) || errors.Is(err, ErrDisconnected) != ends {
 			t.Errorf("%d bytes written: %v", takes, err)

@@ -482,7 +482,7 @@ func TestHugeDisk(t *testing.T) {
 	if len(data) != 2 || data[0].Off > size/3 || data[0].End() < size/3+1000 || data[1].End() != size {
 		t.Errorf("data %+v", data)
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > 30*time.Second {
 		t.Errorf("it took %s", d)
 	}
 	buf := make([]byte, 100)

@@ -93,7 +93,7 @@ func start(t testing.TB, s *Server) (path string, stop func() error) {
 		select {
 		case err := <-done:
 			return err
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			return errors.New("the server does not end")
 		}
 	})
@@ -118,7 +118,7 @@ func dial(t testing.TB, path string) *testClient {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	return &testClient{t, c}

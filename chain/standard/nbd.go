@@ -76,7 +76,7 @@ func (j *Job) openWriter(ctx context.Context, path string) (_ *writer, err error
 	}
 	conn := w.conn
 	w.stop = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
-	return w, w.handshake()
+	return w, w.handshake(ctx)
 }
 
 // connect waits for qemu-nbd to listen.
@@ -102,14 +102,16 @@ func (w *writer) connect(ctx context.Context, socket string) (err error) {
 var errEnded = errors.New("it has ended")
 
 // handshake chooses the only export, in the way that every version has.
-func (w *writer) handshake() error {
-	_ = w.conn.SetDeadline(time.Now().Add(startLimit))
+func (w *writer) handshake(ctx context.Context) error {
+	if err := w.within(ctx, startLimit); err != nil {
+		return err
+	}
 	var hello struct {
 		Magic, Option uint64
 		Flags         uint16
 	}
 	if err := binary.Read(w.r, binary.BigEndian, &hello); err != nil {
-		return fmt.Errorf("qemu-nbd: %w", err)
+		return w.failed(ctx, err)
 	}
 	if hello.Magic != nbdMagic || hello.Option != nbdOptionMagic || hello.Flags&nbdFixed == 0 || hello.Flags&nbdNoZeroes == 0 {
 		return errors.New("qemu-nbd: another protocol")
@@ -119,16 +121,22 @@ func (w *writer) handshake() error {
 	choice = binary.BigEndian.AppendUint32(choice, nbdExportName)
 	choice = binary.BigEndian.AppendUint32(choice, 0) // length of the name
 	if _, err := w.conn.Write(choice); err != nil {
-		return fmt.Errorf("qemu-nbd: %w", err)
+		return w.failed(ctx, err)
 	}
 	var export struct {
 		Size  uint64
 		Flags uint16
 	}
 	if err := binary.Read(w.r, binary.BigEndian, &export); err != nil {
-		return fmt.Errorf("qemu-nbd: %w", err)
+		return w.failed(ctx, err)
 	}
 	return nil
+}
+
+// within bounds what comes next. The context may have ended before, and its own deadline be replaced by this one.
+func (w *writer) within(ctx context.Context, limit time.Duration) error {
+	_ = w.conn.SetDeadline(time.Now().Add(limit)) // fails on a closed connection alone
+	return ctx.Err()
 }
 
 func (w *writer) write(ctx context.Context, p []byte, off int64) error {
@@ -142,7 +150,7 @@ func (w *writer) zero(ctx context.Context, off int64, n int) error {
 // request sends one and waits for the reply.
 func (w *writer) request(ctx context.Context, kind uint16, off int64, n int, data []byte) error {
 	w.id++
-	if err := w.send(kind, off, n, data); err != nil {
+	if err := w.send(ctx, kind, off, n, data); err != nil {
 		return w.failed(ctx, err)
 	}
 	var reply struct {
@@ -161,8 +169,10 @@ func (w *writer) request(ctx context.Context, kind uint16, off int64, n int, dat
 	return nil
 }
 
-func (w *writer) send(kind uint16, off int64, n int, data []byte) error {
-	_ = w.conn.SetDeadline(time.Now().Add(replyLimit))
+func (w *writer) send(ctx context.Context, kind uint16, off int64, n int, data []byte) error {
+	if err := w.within(ctx, replyLimit); err != nil {
+		return err
+	}
 	head := binary.BigEndian.AppendUint32(nil, nbdRequestMagic)
 	head = binary.BigEndian.AppendUint16(head, 0)
 	head = binary.BigEndian.AppendUint16(head, kind)
@@ -194,7 +204,7 @@ func (w *writer) close(ctx context.Context) error {
 	err := w.request(ctx, nbdFlush, 0, 0, nil)
 	if err == nil {
 		w.id++
-		err = w.send(nbdDisconnect, 0, 0, nil)
+		err = w.send(ctx, nbdDisconnect, 0, 0, nil)
 	}
 	if err != nil {
 		return errors.Join(err, w.abort())

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"qmchain/internal/testenv"
 	"qmchain/chain"
 	"qmchain/internal/fleet"
 )
@@ -42,7 +43,7 @@ func TestFleet(t *testing.T) {
 	t.Cleanup(func() { _ = syscall.Kill(p.VM(hung).Pid(), syscall.SIGCONT) })
 	mail := filepath.Join(p.Dir, "mail")
 	script := fmt.Sprintf("#!/bin/sh\necho \"$@\" > %[1]s.args\ncat > %[1]s\n", mail)
-	if err := os.WriteFile(p.host.Sendmail, []byte(script), 0o700); err != nil {
+	if err := testenv.WriteProgram(p.host.Sendmail, script); err != nil {
 		t.Fatal(err)
 	}
 	p.config = filepath.Join(p.Dir, "config.toml")

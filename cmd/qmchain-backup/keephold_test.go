@@ -10,7 +10,7 @@ import (
 	"qmchain/chain"
 )
 
-// keeping has a keeper for VM 110, and returns when it has had time to hold it. With wait it is told to end, and awaited.
+// keeping has a keeper for VM 110, and returns when it holds it. With wait it is told to end, and awaited.
 func (p *pve) keeping() (wait func() string) {
 	p.t.Helper()
 	cmd, stderr := p.command(append([]string{"keep", "110"}, p.common[len(p.common)-2:]...)...)
@@ -28,7 +28,7 @@ func (p *pve) keeping() (wait func() string) {
 		return stderr.String()
 	}
 	p.t.Cleanup(func() { _ = wait() })
-	time.Sleep(2 * time.Second) // it looks in twice a second
+	p.await("the keeper", func() bool { return p.KeptAlive(110) })
 	return wait
 }
 
@@ -120,7 +120,7 @@ func TestKeepLeaves(t *testing.T) {
 	p.VM(110).Execute("stop", nil, nil)
 	p.VM(110).Execute("system_reset", nil, nil)
 	p.await("the reset", func() bool { return p.status() == "prelaunch" })
-	time.Sleep(time.Second)
+	time.Sleep(3 * time.Second) // it looks in twice a second
 	said := make(chan string, 1)
 	go func() { said <- end() }()
 	p.stays("prelaunch", 2*time.Second)
@@ -141,7 +141,6 @@ func TestKeepBesideVzdumpThatStops(t *testing.T) {
 	p.point(0, 110)
 	p.VM(110).IO("virtio1", "write -P 31 0 64k")
 	p.keeping()
-	p.await("the keeper", func() bool { return p.KeptAlive(110) })
 	p.QM("set", "110", "--lock", "backup")
 	shutdown := make(chan string, 1)
 	began := time.Now()

@@ -308,6 +308,7 @@ func TestTermination(t *testing.T) {
 						select {
 						case p := <-started:
 							_ = p.Signal(sig)
+							time.Sleep(200 * time.Millisecond) // until it has arrived
 						default:
 						}
 					}

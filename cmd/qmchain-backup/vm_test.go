@@ -472,7 +472,7 @@ func TestMidRun(t *testing.T) {
 	p := newPVE(t)
 	p.add(110)
 
-	wait := p.background(110)
+	wait := p.background(110, "--speed-limit", "1MiB") // ample for what is tried meanwhile
 	if path, err := p.Vzdump(110); err == nil || !strings.Contains(err.Error(), "VM is locked (backup)") {
 		t.Errorf("a vzdump in mid-run: %s, %v", path, err)
 	}
@@ -794,7 +794,7 @@ func TestKeepByVMID(t *testing.T) {
 			t.Logf("keep: %s", stderr)
 		}
 	}()
-	time.Sleep(2 * time.Second) // it looks in twice a second
+	p.await("the keeper", func() bool { return p.KeptAlive(110) })
 	p.VM(110).PowerOff()
 	p.await("QEMU's end", func() bool {
 		code, _, _ := p.TryQM("start", "110") // as long as it runs, it can't be started

@@ -242,7 +242,7 @@ func leftovers(dir, point string) (left []string) {
 
 func clean(ts *testscript.TestScript, _ bool, _ []string) {
 	dir := ts.Getenv("WORK")
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		left := leftovers(dir, ts.Getenv("POINT"))
 		if len(left) == 0 {
 			return

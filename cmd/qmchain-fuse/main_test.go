@@ -231,7 +231,7 @@ func systemd(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	n := ts.Value("systemd").(*notified)
 	b := make([]byte, 4096)
-	ts.Check(n.conn.SetReadDeadline(time.Now().Add(15 * time.Second)))
+	ts.Check(n.conn.SetReadDeadline(time.Now().Add(time.Minute)))
 	for !strings.Contains(n.said, args[0]) {
 		k, err := n.conn.Read(b)
 		if err != nil {
@@ -285,7 +285,7 @@ func automount(ts *testscript.TestScript, _ bool, args []string) {
 				continue
 			}
 			token := binary.NativeEndian.Uint32(packet[8:])
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			cmd := exec.CommandContext(ctx, helper, repo, dir, "-o", "rw")
 			cmd.Env = env
 			answer := uint(ready)

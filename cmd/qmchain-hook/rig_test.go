@@ -16,6 +16,7 @@ import (
 	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/jsondoc"
 	"qmchain/hooks"
+	"qmchain/internal/testenv"
 	"qmchain/proxmox"
 	"qmchain/proxmox/pvetest"
 )
@@ -92,7 +93,7 @@ func newRig(t *testing.T) *rig {
 // write writes a file that can be executed, at once: a script that is written while it is being started can't be.
 func (r *rig) write(path, text string) {
 	r.t.Helper()
-	if err := os.WriteFile(path+".new", []byte(text), 0o700); err != nil {
+	if err := testenv.WriteProgram(path+".new", text); err != nil {
 		r.t.Fatal(err)
 	}
 	if err := os.Rename(path+".new", path); err != nil {

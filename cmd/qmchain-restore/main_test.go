@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -51,11 +52,11 @@ func signaller(when string) durable.FS {
 			return nil
 		}
 		fmt.Fprintf(os.Stderr, "%s before %s %s\n", sig, op, path)
+		arrived := make(chan os.Signal, 1)
+		signal.Notify(arrived, sig)
 		_ = syscall.Kill(os.Getpid(), sig)
-		if sig == syscall.SIGKILL {
-			select {}
-		}
-		time.Sleep(50 * time.Millisecond) // until the signal has arrived
+		<-arrived                          // never, of SIGKILL
+		time.Sleep(200 * time.Millisecond) // and with those whom it is for
 		return nil
 	}}
 }
@@ -258,7 +259,7 @@ func flip(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 func waitFor(ts *testscript.TestScript, _ bool, args []string) {
-	for range 500 {
+	for range 3000 {
 		if _, err := os.Lstat(ts.MkAbs(args[0])); err == nil {
 			return
 		}

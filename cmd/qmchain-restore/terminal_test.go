@@ -93,7 +93,7 @@ func (p *terminal) text() string {
 // await waits until something is on the terminal.
 func (p *terminal) await(what string) {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(p.text(), what); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(p.text(), what); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.t.Fatalf("%q is not on the terminal: %q", what, p.text())
 		}
@@ -105,7 +105,7 @@ func (p *terminal) end(code int) string {
 	p.t.Helper()
 	select {
 	case <-p.ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		p.t.Fatalf("it does not end: %q", p.text())
 	}
 	if got := p.cmd.ProcessState.ExitCode(); got != code {

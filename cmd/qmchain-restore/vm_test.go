@@ -687,7 +687,7 @@ func TestDrillLikeTheVM(t *testing.T) {
 			g.Add(repotest.Disk{Name: "ide0", Size: 1 << 20}, repotest.Disk{Name: "scsi9", Size: 1 << 20}, repotest.Disk{Name: "efidisk0", Size: efiSize})
 			tmp := t.TempDir()
 			qemu := filepath.Join(tmp, "qemu")
-			if err := os.WriteFile(qemu, fmt.Appendf(nil, "#!/bin/sh\necho \"$@\" > %s/args\nexec qemu-system-x86_64 \"$@\"\n", tmp), 0o700); err != nil {
+			if err := testenv.WriteProgram(qemu, fmt.Sprintf("#!/bin/sh\necho \"$@\" > %s/args\nexec qemu-system-x86_64 \"$@\"\n", tmp)); err != nil {
 				t.Fatal(err)
 			}
 			firmware := filepath.Join(tmp, "firmware")

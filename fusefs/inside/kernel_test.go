@@ -72,7 +72,7 @@ func loops(t testing.TB, source string) (names []string) {
 
 func noLoops(t testing.TB, source string) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); len(loops(t, source)) > 0; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(loops(t, source)) > 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("left: %v", loops(t, source))
 		}
@@ -197,7 +197,7 @@ func TestKernelMountPoint(t *testing.T) {
 	_ = f.Close()
 	select {
 	case <-view.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("no end")
 	}
 	noLoops(t, t.Name())
@@ -226,7 +226,7 @@ func TestKernelServerDies(t *testing.T) {
 	}
 	select {
 	case <-view.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no end")
 	}
 	if view.Err() == nil {
@@ -272,7 +272,7 @@ func TestKernelServerHangs(t *testing.T) {
 	default:
 		t.Error("not at its end")
 	}
-	if took := time.Since(began); took > 20*time.Second {
+	if took := time.Since(began); took > time.Minute {
 		t.Errorf("took %s", took)
 	}
 	noLoops(t, t.Name())

@@ -37,8 +37,17 @@ const (
 // does. What must be there though it may be another file system on this host is bound in.
 const enter = `
 set -euo pipefail
-base=$1
-shift
+temp=$1 base=$2
+shift 2
+# Other tests wait for the end of their mounts, which is not before that of their copies here.
+mapfile -t mounts </proc/self/mountinfo
+for line in "${mounts[@]}"; do
+	read -r _ _ _ _ place rest <<<"$line"
+	place=$(printf %b "$place")
+	if [[ $place == "$temp"/* && $rest =~ ' - fuse'|' /dev/loop' ]]; then
+		umount --lazy --no-canonicalize --internal-only "$place" 2>/dev/null || true
+	fi
+done
 mount -t tmpfs -o mode=755 tmpfs "$base"
 root=$base/root
 mkdir "$base/upper" "$base/work" "$root"
@@ -77,11 +86,15 @@ func sandbox(t *testing.T, name, programs string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	temp, err := filepath.EvalSymlinks(os.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), documentLimit)
 	defer cancel()
 	args := []string{
 		"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--",
-		"bash", "-c", enter, "bash", t.TempDir(), tree, cache, filepath.Dir(self), programs, "--", self,
+		"bash", "-c", enter, "bash", temp, t.TempDir(), tree, cache, filepath.Dir(self), programs, "--", self,
 	}
 	cmd := exec.CommandContext(ctx, "unshare", args...)
 	cmd.Env = append(os.Environ(), insideDocument+"="+name, insidePrograms+"="+programs, "TMPDIR=/tmp")

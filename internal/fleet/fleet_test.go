@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -21,10 +22,19 @@ func TestEach(t *testing.T) {
 		guests = append(guests, fmt.Sprint(i))
 	}
 	var now, most atomic.Int32
+	three := make(chan struct{}) // closed when there were three at once
+	reached := sync.OnceFunc(func() { close(three) })
 	outcomes := Each(t.Context(), guests, 3, func(_ context.Context, guest string) Outcome {
 		n := now.Add(1)
 		defer now.Add(-1)
 		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		if n == 3 {
+			reached()
+		}
+		select {
+		case <-three:
+		case <-time.After(20 * time.Second):
 		}
 		time.Sleep(2 * time.Millisecond)
 		if guest == "7" {

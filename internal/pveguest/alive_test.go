@@ -32,7 +32,7 @@ func TestTakeKeepsAlive(t *testing.T) {
 	await := func(want string) {
 		t.Helper()
 		got := ""
-		for range 300 {
+		for range 1200 {
 			var err error
 			if got, err = s.Host.Status(t.Context(), 110); err == nil && got == want {
 				return
@@ -40,6 +40,16 @@ func TestTakeKeepsAlive(t *testing.T) {
 			time.Sleep(50 * time.Millisecond)
 		}
 		t.Fatalf("the VM is %s, not %s", got, want)
+	}
+	kept := func() {
+		t.Helper()
+		for range 600 {
+			if n.KeptAlive(110) {
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		t.Fatal("QEMU is not kept alive")
 	}
 	release := func() (free func() error) {
 		t.Helper()
@@ -70,7 +80,7 @@ func TestTakeKeepsAlive(t *testing.T) {
 	// Nor is it let go in such a state: not before it runs again.
 	n.VM(110).Execute("cont", nil, nil)
 	free := release()
-	time.Sleep(200 * time.Millisecond)
+	kept()
 	reset()
 	freed := make(chan error, 1)
 	go func() { freed <- free() }()
@@ -94,6 +104,7 @@ func TestTakeKeepsAlive(t *testing.T) {
 	time.Sleep(200 * time.Millisecond)
 	_ = other.Close()
 	time.Sleep(aliveInterval + 300*time.Millisecond)
+	kept()
 	n.VM(110).PowerOff()
 	await("shutdown")
 	time.Sleep(300 * time.Millisecond)

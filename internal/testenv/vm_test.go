@@ -241,7 +241,7 @@ func TestSockets(t *testing.T) {
 	t.Parallel()
 	vm := Start(t, Config{QEMU: Host(t)})
 	for _, path := range []string{vm.Socket, vm.Spare} {
-		m, err := dialMonitor(path, nil, time.Second)
+		m, err := dialMonitor(path, nil, time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -378,7 +378,7 @@ func TestDiesWithTheTest(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%q: %v", line, err)
 		}
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for running(pid) {
 			if time.Now().After(deadline) {
 				_ = syscall.Kill(pid, syscall.SIGKILL)

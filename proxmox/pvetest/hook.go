@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"qmchain/internal/testenv"
 )
 
 // hookPath is the file of a hook script.
@@ -68,6 +70,6 @@ func (c *call) hook(cf *conf, phase string) error {
 // AddSnippet writes an executable script into the storage local's snippets, and returns its volume id.
 func (n *Node) AddSnippet(name, script string) (volume string) {
 	n.tb.Helper()
-	n.fatal(os.WriteFile(filepath.Join(n.Storage, "snippets", name), []byte(script), 0o700))
+	n.fatal(testenv.WriteProgram(filepath.Join(n.Storage, "snippets", name), script))
 	return "local:snippets/" + name
 }

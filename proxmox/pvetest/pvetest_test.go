@@ -97,7 +97,7 @@ func TestArgsOption(t *testing.T) {
 func TestLocks(t *testing.T) {
 	t.Parallel()
 	n := Install(t)
-	n.LockTimeout = 50 * time.Millisecond
+	n.LockTimeout = time.Second
 	n.AddVM(110)
 	digest := parseConf(n.Config(110)).digest
 	n.QM("set", "110", "--digest", digest, "--lock", "backup")
@@ -249,6 +249,19 @@ func TestEvents(t *testing.T) {
 	wait(t, "the clean-up", func() bool { return strings.Contains(n.QM("pending", "110"), "cur args: -rtc") })
 
 	n.QM("start", "110")
+	// await waits until the VM is kept alive, which is said again and again if there is a connection for that, or is not.
+	await := func(kept bool, conn net.Conn) {
+		t.Helper()
+		wait(t, fmt.Sprint("kept alive: ", kept), func() bool {
+			if n.KeptAlive(110) == kept {
+				return true
+			}
+			if conn != nil {
+				say(t, conn)
+			}
+			return false
+		})
+	}
 	keep := func() net.Conn {
 		t.Helper()
 		conn, err := net.Dial("unix", n.Events)
@@ -256,8 +269,8 @@ func TestEvents(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		time.Sleep(200 * time.Millisecond) // a QEMU that has just been started connects
-		say(t, conn)
+		await(true, conn) // a QEMU that has just been started connects
+		say(t, conn)      // it may be so for another's sake
 		return conn
 	}
 	conn := keep()
@@ -278,12 +291,13 @@ func TestEvents(t *testing.T) {
 	conn = keep()
 	for _, again := range []bool{true, false} {
 		_ = keep().Close()
+		await(false, nil)
 		time.Sleep(200 * time.Millisecond)
 		if got := n.QM("status", "110"); got != "status: running\n" {
 			t.Errorf("it runs: %s", got)
 		}
 		if again {
-			say(t, conn)
+			await(true, conn)
 		}
 		n.VM(110).PowerOff()
 		if !again {

@@ -7,10 +7,11 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+
+	"qmchain/internal/testenv"
 )
 
 // client is qm: it sends its arguments, a line each, in hex, and then prints what comes: lines of o or e and bytes in
@@ -75,10 +76,10 @@ func (n *Node) serve() error {
 	if err := n.listen(socket, n.answer); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(n.Bin, "pvesm"), fmt.Appendf(nil, client, socket, "'pvesm', "), 0o700); err != nil {
+	if err := testenv.WriteProgram(filepath.Join(n.Bin, "pvesm"), fmt.Sprintf(client, socket, "'pvesm', ")); err != nil {
 		return err
 	}
-	return os.WriteFile(n.Program, fmt.Appendf(nil, client, socket, ""), 0o700)
+	return testenv.WriteProgram(n.Program, fmt.Sprintf(client, socket, ""))
 }
 
 // answer serves one call.
