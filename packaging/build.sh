@@ -6,7 +6,7 @@
 # built: nothing of the time, the paths or the user gets into the package.
 #
 # DEB_VERSION    of the package; the tag's, else one made from the last commit
-# DEB_MAINTAINER who is named as its maintainer
+# DEB_MAINTAINER who is named as its maintainer, "Name <address>": those who use it report bugs and weaknesses there
 set -euo pipefail
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -33,7 +33,11 @@ if [[ -z ${DEB_VERSION:-} ]]; then
 	fi
 fi
 export VERSION=$DEB_VERSION
-export MAINTAINER=${DEB_MAINTAINER:-qmchain maintainers <maintainers@qmchain.invalid>}
+if [[ -z ${DEB_MAINTAINER:-} ]]; then
+	DEB_MAINTAINER="qmchain maintainers <maintainers@qmchain.invalid>"
+	echo "build.sh: warning: DEB_MAINTAINER is not given: the package's maintainer is $DEB_MAINTAINER, whom no mail reaches. Set it before you pass the package on." >&2
+fi
+export MAINTAINER=$DEB_MAINTAINER
 
 git diff --quiet HEAD 2>/dev/null || echo "build.sh: with changes that are not committed" >&2
 
@@ -50,16 +54,13 @@ programs() {
 # What is the same on all architectures: made once, by what runs here.
 common=$work/common
 doc=$common/usr/share/doc/qmchain
-mkdir -p "$doc/examples" "$common/usr/lib/systemd/system" "$common/usr/share/lintian/overrides" "$common/usr/share/qmchain/snippets"
+mkdir -p "$doc" "$common/usr/lib/systemd/system" "$common/usr/share/lintian/overrides" "$common/usr/share/qmchain/snippets"
 programs "$work/host"
 $go run ./packaging/gen -bin "$work/host" -man packaging/man -out "$common" -version "$VERSION" -date "$date"
 install -m 644 packaging/systemd/* "$common/usr/lib/systemd/system/"
 install -m 755 packaging/snippets/* "$common/usr/share/qmchain/snippets/"
 install -m 644 packaging/lintian-overrides "$common/usr/share/lintian/overrides/qmchain"
-install -m 644 packaging/copyright SECURITY.md packaging/doc/*.md "$doc/"
-# Beside the guides that it links to.
-sed 's#(packaging/doc/#(#g' README.md >"$doc/README.md"
-install -m 644 packaging/examples/* "$doc/examples/"
+packaging/docs.sh "$doc"
 install -m 644 CHANGELOG.md "$doc/changelog"
 cat >"$doc/changelog.Debian" <<CHANGELOG
 qmchain ($VERSION-1) unstable; urgency=medium

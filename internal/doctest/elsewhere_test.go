@@ -12,11 +12,18 @@ type place struct{ script, text string }
 
 var elsewhere = map[string]place{
 	"systemctl start qmchain-keep@110.service": {"packaging/test/units.sh", ""},
-	"make setup":                             {"Makefile", "test: setup"},
-	"make demo":                              {"Makefile", "$(MAKE) --no-print-directory demo"}, // of make test
-	"make deb":                               {"packaging/test/run.sh", ""},
-	"apt install ./dist/qmchain_*_amd64.deb": {"packaging/test/install.sh", ""},
-	"systemctl enable --now qmchain-backup-all.timer qmchain-prune.timer": {"packaging/test/units.sh", ""},
+	"make setup":                        {"Makefile", "test: setup"},
+	"make demo":                         {"Makefile", "$(MAKE) --no-print-directory demo"}, // of make test
+	"make deb":                          {"packaging/test/run.sh", ""},
+	"apt install ./qmchain_*_amd64.deb": {"packaging/test/install.sh", ""},
+	"cp dist/qmchain_*_amd64.deb /mnt/backup/":                                                   {"packaging/test/install.sh", ""},
+	"apt install ./dist/qmchain_*_amd64.deb":                                                     {"packaging/test/install.sh", ""},
+	"systemctl enable --now qmchain-backup-all.timer qmchain-prune.timer":                        {"packaging/test/units.sh", ""},
+	"systemctl enable --now qmchain-verify.timer qmchain-check.timer":                            {"packaging/test/units.sh", ""},
+	"mkdir -p /etc/systemd/system/qmchain-.service.d":                                            {"packaging/test/units.sh", ""},
+	"cp /usr/share/doc/qmchain/examples/on-failure.conf /etc/systemd/system/qmchain-.service.d/": {"packaging/test/units.sh", ""},
+	"cp /usr/share/doc/qmchain/examples/backup-failed@.service /etc/systemd/system/":             {"packaging/test/units.sh", ""},
+	"systemctl daemon-reload":                                                                    {"packaging/test/units.sh", ""},
 }
 
 // TestElsewhere: what is not run here is run there, as it is written.

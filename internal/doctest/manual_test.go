@@ -18,7 +18,7 @@ var manual = scenario{
 			check(w.tb, os.WriteFile("/etc/qmchain/config.toml", []byte(text), 0o600))
 		}},
 		"OTHER QEMU GUESTS": {func(w *world, text string) { w.plain(strings.Fields(text)...) }},
-		"UNITS":             {waitForTheShare},
+		"UNITS":             {packaged("wait-for-the-share.conf")},
 	},
 	before: map[string]func(*world){
 		"IN AN EMERGENCY": func(w *world) {
@@ -38,12 +38,14 @@ var manual = scenario{
 	},
 }
 
-// waitForTheShare: the drop-in that is shown is the one in the package.
-func waitForTheShare(w *world, text string) {
-	example, err := os.ReadFile(filepath.Join(root, "packaging/examples/wait-for-the-share.conf"))
-	check(w.tb, err)
-	if !strings.Contains(string(example), text) {
-		w.tb.Errorf("the example of the package is another one: %s", example)
+// packaged makes sure that what is shown is what an example of the package says.
+func packaged(name string) func(*world, string) {
+	return func(w *world, text string) {
+		example, err := os.ReadFile(filepath.Join(root, "packaging/examples", name))
+		check(w.tb, err)
+		if !strings.Contains(string(example), text) {
+			w.tb.Errorf("the example of the package is another one: %s", example)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package doctest
 
 import (
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -13,7 +14,7 @@ var repositories = scenario{
 		w.socket(110)
 	},
 	shown: map[string][]func(*world, string){
-		"What it needs of a file system": {waitForTheShare},
+		"What it needs of a file system": {packaged("wait-for-the-share.conf")},
 	},
 }
 
@@ -22,15 +23,24 @@ var offsite = scenario{
 		w.proxmox()
 		w.addVM(110)
 		w.backups(110, 2)
+		w.plain("-qmp", "unix:/run/web.qmp,server=on,wait=off")
+		w.do(`qmchain-backup --quiet run --socket /run/web.qmp --name web --repo %s`, repository)
 		// The other hosts are this one.
 		w.program("/usr/local/bin/ssh", `shift; exec sh -c "$*"`)
 		w.do(`mkdir -p /srv/pulled /srv/copy`)
+		// As long as it copies, nobody prunes.
+		w.program("/usr/local/bin/restic", `set -e
+			[ "$1" = backup ]
+			for guest in 110 web; do
+				qmchain-backup --quiet prune "$guest" --repo "$2" --keep-all --lock-wait 0s && false || echo $? >>/root/prunes
+			done
+			cp -a "$2" /srv/restic`)
 	},
 	before: map[string]func(*world){
 		"Tools for files: rsync, restic, borg, rclone": func(w *world) {
 			// A backup runs as long as files are copied.
 			w.node.VM(110).IO("virtio1", "write -P 77 0 7M")
-			w.do(`setsid qmchain-backup --quiet run 110 --repo %s --level full --speed-limit 16MiB >/root/run.log 2>&1 &`, repository)
+			w.do(`setsid qmchain-backup --quiet run 110 --repo %s --level full --speed-limit 8MiB >/root/run.log 2>&1 &`, repository)
 			w.do(`for i in $(seq 500); do compgen -G '%s/110/.*.partial' && compgen -G '%[1]s/110/images/*' && exit 0; sleep 0.01; done; exit 1`, repository)
 		},
 	},
@@ -46,7 +56,14 @@ var offsite = scenario{
 			if left := w.do(`ls -A %s/110`, repository); !strings.Contains(left, ".partial") {
 				w.tb.Errorf("the backup was over before the copy was, so that nothing is shown: %s", left)
 			}
-			w.levels("/srv/copy", "110", "full", "inc")
+			for _, dir := range []string{"/srv/copy", "/srv/restic"} {
+				w.levels(dir, "110", "full", "inc")
+				w.levels(dir, "web", "full")
+			}
+			if codes := strings.Fields(w.do(`cat /root/prunes`)); !slices.Equal(codes, []string{"3", "3"}) {
+				w.tb.Errorf("the exit codes of prune while a copy was made: %q, not 3", codes)
+			}
+			w.do(`qmchain-backup --quiet prune --repo %s --keep-all --lock-wait 0s >/dev/null; test -z "$(find %[1]s -mindepth 1 -perm /077)"`, repository)
 			w.do(`while compgen -G '%s/110/.*.partial'; do sleep 0.05; done; qmchain-restore verify --quiet --repo %[1]s`, repository)
 			// Nor does the copy keep the guest's next backup from going on.
 			w.do(`qmchain-backup --quiet run 110 --repo %s`, repository)
@@ -106,6 +123,9 @@ var monitoring = scenario{
 		w.remember(110, "scsi0")
 		w.backups(110, 2)
 		w.do(`mkdir -p /var/lib/prometheus/node-exporter`)
+	},
+	shown: map[string][]func(*world, string){
+		"Who is told": {packaged("on-failure.conf"), packaged("backup-failed@.service")},
 	},
 	after: map[string]func(*world){
 		"Is there a backup?": func(w *world) {

@@ -54,6 +54,7 @@ var recovery = scenario{
 		"The VM": func(w *world) {
 			w.same("/var/tmp/try.qcow2", 110, "scsi0")
 			w.same(w.volume(310, "scsi0"), 110, "scsi0")
+			w.node.QM("set", "310", "--memory", "64") // of this host
 			w.node.QM("start", "310")
 		},
 	},

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -92,6 +93,18 @@ var security = scenario{
 			}
 		}
 	},
+	before: map[string]func(*world){
+		"Local users": func(w *world) {
+			w.fleeceModes()
+			// Saved bitmaps are among what others must not get at.
+			w.plain("-qmp", "unix:/run/web.qmp,server=on,wait=off", "-no-shutdown")
+			w.do(`umask 000
+				qmchain-backup --quiet run --socket /run/web.qmp --name web --repo %s --bitmaps memory
+				setsid qmchain-backup --quiet keep --socket /run/web.qmp --name web --quit >/root/keep.log 2>&1 &
+				qmchain-backup --quiet keep --socket /run/web.qmp --name web --stop --quit
+				compgen -G '/var/lib/qmchain/kept/web/*.qcow2'`, repository)
+		},
+	},
 	after: map[string]func(*world){
 		"A hostile repository, or somebody else's backups": func(w *world) { w.says("--scsi0", "import-from=", "format=qcow2") },
 		"Local users": func(w *world) {
@@ -101,8 +114,24 @@ var security = scenario{
 			w.do(`test -n "$(find %s -name '*.qcow2' -perm 600)"; test -d /var/lib/qmchain`, repository)
 			w.forgedHeader()
 			w.drilled()
+			if out := w.do(`timeout 2 qmchain-restore nbd 110/latest --repo %s --socket tcp:0.0.0.0:0 2>&1 || true`, repository); !strings.Contains(out, "everybody who can reach") {
+				w.tb.Errorf("disks were served to the network without a warning: %s", out)
+			}
 		},
 	},
+}
+
+// fleeceModes: nobody else can read a run's fleece images, which have no names any more while it copies.
+func (w *world) fleeceModes() {
+	out := w.do(`umask 000
+		qmchain-backup --quiet run 110 --repo %s --level full --speed-limit 16MiB >/root/run.log 2>&1 & run=$!
+		images() { find /proc/$(cat /run/qemu-server/110.pid)/fd -lname '/var/lib/qmchain/fleece/*.fleece (deleted)'; }
+		while kill -0 $run 2>/dev/null && (($(images | wc -l) < 2)); do sleep 0.01; done
+		images | xargs -r stat -L -c %%a
+		wait $run`, repository)
+	if modes := strings.Fields(out); !slices.Equal(modes, []string{"600", "600"}) {
+		w.tb.Errorf("the modes of the fleece images of two disks: %q", modes)
+	}
 }
 
 // forgedHeader: the raw disk is what the guest wrote, wherever it is seen.

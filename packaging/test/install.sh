@@ -121,7 +121,13 @@ mkdir /tmp/tree
 ln -s /debs /tmp/tree/dist
 cd /tmp/tree
 apt install ./dist/qmchain_*_amd64.deb
+mkdir /mnt/backup
+cp dist/qmchain_*_amd64.deb /mnt/backup/
+apt remove qmchain
+cd /mnt/backup
+apt install ./qmchain_*_amd64.deb
 cd /
+rm -r /mnt/backup
 cmp /etc/qmchain/config.toml /tmp/config || fail "settings were lost when it was installed again"
 
 say "purge"

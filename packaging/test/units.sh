@@ -88,10 +88,72 @@ done_well qmchain-backup@110.service # beside it
 systemctl stop qmchain-keep@110.service
 [[ $(systemctl show -P Result qmchain-keep@110.service) == success ]] || fail "keep did not end well"
 
-say "prune"
+say "prune, while somebody else has a guest for longer than prune by hand would wait"
+flock /srv/my-backup/110/.prune.lock sleep 12 &
+until ! flock --nonblock /srv/my-backup/110/.prune.lock true; do sleep 0.05; done
 done_well qmchain-prune.service
 (($(ls -d /srv/my-backup/110/2*/ | wc -l) == 1)) || fail "nothing was pruned"
 qmchain-restore -q verify >/dev/null || fail "what is kept is damaged"
+
+say "verify, check"
+systemctl enable --now qmchain-verify.timer qmchain-check.timer
+systemctl enable --quiet --now qmchain-verify@110.timer
+active qmchain-verify.timer
+active qmchain-check.timer
+active qmchain-verify@110.timer
+# As its comment has it, for those who know where the repository is.
+mkdir -p /etc/systemd/system/qmchain-verify@.service.d
+cat >/etc/systemd/system/qmchain-verify@.service.d/narrow.conf <<'CONF'
+[Service]
+ProtectSystem=strict
+ReadWritePaths=/srv/my-backup
+CONF
+systemctl daemon-reload
+for service in qmchain-verify.service qmchain-verify@110.service; do
+	rm /srv/my-backup/110/.checked.json
+	! qmchain-restore report --json | grep -q '"verified"' || fail "it is verified before it is"
+	done_well "$service"
+	qmchain-restore report --json | grep -q '"verified"' || fail "$service has kept nothing: $(qmchain-restore report)"
+done
+done_well qmchain-check.service
+mkdir /etc/systemd/system/qmchain-check.service.d
+printf '[Service]\nExecStart=\nExecStart=/usr/bin/qmchain-backup check --all\n' >/etc/systemd/system/qmchain-check.service.d/all.conf
+systemctl daemon-reload
+done_well qmchain-check.service
+rm -r /etc/systemd/system/qmchain-check.service.d
+
+say "what fails is told"
+cat >/usr/sbin/sendmail <<'MAIL'
+#!/bin/sh
+cat >>/run/mail
+MAIL
+chmod 755 /usr/sbin/sendmail
+mkdir -p /etc/systemd/system/qmchain-.service.d
+cp /usr/share/doc/qmchain/examples/on-failure.conf /etc/systemd/system/qmchain-.service.d/
+cp /usr/share/doc/qmchain/examples/backup-failed@.service /etc/systemd/system/
+systemctl daemon-reload
+told() { # UNIT TEXT: it fails, and the mail tells of it with that text.
+	rm -f /run/mail
+	! systemctl start "$1" 2>/dev/null || fail "$1 did not fail"
+	for _ in {1..100}; do
+		if grep -q "^Subject: .*: $1 has failed" /run/mail 2>/dev/null && grep -q "$2" /run/mail; then break; fi
+		sleep 0.1
+	done
+	grep -q "$2" /run/mail || fail "nothing was told of $1: $(cat /run/mail)"
+	systemctl reset-failed "$1"
+}
+image=(/srv/my-backup/110/images/*)
+cp "${image[0]}" /srv/whole
+printf x | dd of="${image[0]}" bs=1 seek=$((1 << 20)) conv=notrunc status=none
+told qmchain-verify@110.service "are not whole"
+cp /srv/whole "${image[0]}"
+done_well qmchain-verify@110.service
+cp /etc/qmchain/config.toml /srv/config.toml
+printf '[check]\nmax-age = "1ms"\n' >>/etc/qmchain/config.toml
+told qmchain-check.service 110
+cp /srv/config.toml /etc/qmchain/config.toml
+rm -r /etc/systemd/system/qmchain-.service.d /etc/systemd/system/qmchain-verify@.service.d /etc/systemd/system/backup-failed@.service
+systemctl daemon-reload
 
 say "mount"
 unit=$(systemd-escape --path --template=qmchain-fuse@.service /srv/my-backup)
