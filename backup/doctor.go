@@ -45,7 +45,7 @@ func Doctor(ctx context.Context, cfg Config, images []string, fix bool, breakLoc
 	if cfg.Addr != "" {
 		client, err := s.connect(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+			return nil, ofGuest(cfg.Guest, err)
 		}
 		s.qmp = client
 		defer func() { _ = s.qmp.Close() }()
@@ -60,12 +60,12 @@ func Doctor(ctx context.Context, cfg Config, images []string, fix bool, breakLoc
 	}
 	if fix {
 		if err := s.fix(ctx, images); err != nil {
-			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+			return nil, ofGuest(cfg.Guest, err)
 		}
 	}
 	findings, err := s.examine(ctx, images)
 	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	return findings, nil
 }

@@ -82,7 +82,8 @@ type planner struct {
 	memory bool // bitmaps in memory are of use: the QEMU process goes on after the run
 	// refused says of bitmaps that were saved when the guest stopped why they are not there any more.
 	refused refusals
-	// sound checks that the image files of a disk in a point are all there and are what their manifests say.
+	// sound checks that the image files of a disk in a point are all there and are what their manifests say, and that verify has
+	// found no damage in them.
 	sound func(chain.Layer) error
 }
 

@@ -37,12 +37,12 @@ func Preview(ctx context.Context, cfg Config) (*Plan, error) {
 	s := &session{cfg: cfg, log: cfg.Log}
 	client, err := s.connect(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	defer client.Close()
 	v, err := look(ctx, client)
 	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	if s.repo, err = cfg.Repo(); err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func Preview(ctx context.Context, cfg Config) (*Plan, error) {
 	}
 	plan, err := s.makePlan(v)
 	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	return plan, nil
 }
@@ -64,6 +64,10 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 	disks, err := v.disks()
 	if err != nil {
 		return nil, err
+	}
+	damaged, err := s.guest.Damaged(s.points)
+	if err != nil {
+		s.log.Warnf("what verify has found is not known, and so an increment may be made on what is damaged: %v", err)
 	}
 	random := make([]byte, 2)
 	_, _ = rand.Read(random) // never fails
@@ -75,6 +79,9 @@ func (s *session) makePlan(v *view) (*Plan, error) {
 		refused: s.cfg.Kept.refusals(s.cfg.Guest),
 		now:     s.cfg.Now(),
 		sound: func(l chain.Layer) error {
+			if found, ok := damaged[l.Point.Ref(l.Disk.Name)]; ok {
+				return found.Err()
+			}
 			return s.guest.CheckImages(s.points, l.Point, l.Disk.Name)
 		},
 	}

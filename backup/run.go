@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -111,6 +112,14 @@ type session struct {
 	stillFrozen bool // the guest could not be thawed
 }
 
+// ofGuest names the guest in an error, which may have been done.
+func ofGuest(name string, err error) error {
+	if prefix := "guest " + name + ": "; !strings.HasPrefix(err.Error(), prefix) {
+		return fmt.Errorf("%s%w", prefix, err)
+	}
+	return err
+}
+
 // Run takes one point of a guest. When it returns an error, the guest and the repository are as they were before, or the
 // error wraps ErrUndo as well.
 func Run(ctx context.Context, cfg Config) (*Result, error) {
@@ -120,11 +129,11 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	if len(cfg.Offline) > 0 {
 		var err error
 		if release, err = s.take(ctx); err != nil {
-			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+			return nil, ofGuest(cfg.Guest, err)
 		}
 		daemon, err := startDaemon(ctx, cfg)
 		if err != nil {
-			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+			return nil, ofGuest(cfg.Guest, err)
 		}
 		defer func() {
 			if err := daemon.stop(); err != nil {
@@ -136,20 +145,20 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	}
 	client, err := s.connect(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	s.qmp = client
 	if s.daemon == nil {
 		if release, err = s.take(ctx); err != nil {
 			_ = client.Close()
-			return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+			return nil, ofGuest(cfg.Guest, err)
 		}
 	}
 	// The repository can hang for as long as it likes, and the guest must not be kept for that.
 	ended, outcome := make(chan error, 1), make(chan error, 1)
 	go func() { outcome <- s.work(ctx, ended) }()
 	if err := s.awaitWork(ctx, ended, outcome); err != nil {
-		return nil, fmt.Errorf("guest %s: %w", cfg.Guest, err)
+		return nil, ofGuest(cfg.Guest, err)
 	}
 	s.result.StillFrozen = s.stillFrozen
 	return s.result, nil

@@ -51,6 +51,15 @@ func (ps Points) Kept() Points {
 	return kept
 }
 
+// AmbiguousError says that a name can mean several points. It wraps ErrNoPoint, which it does not say: there are too many.
+type AmbiguousError struct{ Name, One, Other string }
+
+func (e *AmbiguousError) Error() string {
+	return fmt.Sprintf("%q can mean %s or %s: name more of it", e.Name, e.One, e.Other)
+}
+
+func (e *AmbiguousError) Unwrap() error { return ErrNoPoint }
+
 // Resolve finds the point that the user named: "latest", an id, or a prefix that only one id has.
 func (ps Points) Resolve(name string) (*Manifest, error) {
 	if name == "latest" {
@@ -65,7 +74,7 @@ func (ps Points) Resolve(name string) (*Manifest, error) {
 			continue
 		}
 		if found != nil {
-			return nil, fmt.Errorf("%q can mean %s or %s: name more of it: %w", name, found.ID, m.ID, ErrNoPoint)
+			return nil, &AmbiguousError{name, string(found.ID), string(m.ID)}
 		}
 		found = m
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"qmchain/chain"
+	"qmchain/chain/repo"
 	"qmchain/chain/source"
 	"qmchain/fusefs/partition"
 	"qmchain/fusefs/tree"
@@ -82,6 +83,10 @@ type listing struct {
 	mu       sync.Mutex
 	remember map[*chain.Disk]remembered // of its image file
 	passed   map[string][]pointFile     // by uuid of a point
+
+	verified sync.Once
+	damaged  repo.Damaged
+	unknown  error // why what is damaged is not known
 }
 
 type remembered struct {
@@ -237,7 +242,7 @@ func (c *catalog) attributes(in tree.Place, n tree.Node) (tree.Attributes, error
 		return nil, fmt.Errorf("%s/%s: disk %s: %w", in.Guest, in.Point, n.Disk, errGone)
 	}
 	at, _ := l.from.Image(chain.Layer{Point: point.Manifest, Disk: d})
-	return tree.DiskAttributes(in.Guest, point.Manifest, d, at.Name, l.warning(point.Manifest.ID, d.Name), n.Partition), nil
+	return tree.DiskAttributes(in.Guest, point.Manifest, d, at.Name, l.warning(point.Manifest, d.Name), n.Partition), nil
 }
 
 // rootPatience is how long the attributes of the root wait for a look at the set's directory.
@@ -533,13 +538,35 @@ func (l *listing) find(id chain.ID) (tree.Point, bool) {
 }
 
 // warning is what there is to know of a disk that can be read.
-func (l *listing) warning(id chain.ID, disk string) string {
+func (l *listing) warning(m *chain.Manifest, disk string) string {
+	if found, _ := l.damage(); found != nil {
+		if v, ok := found[m.Ref(disk)]; ok {
+			return v.String()
+		}
+	}
 	for _, w := range l.from.Warnings {
-		if w.Point == string(id) && w.Disk == disk {
+		if w.Point == string(m.ID) && w.Disk == disk {
 			return w.Err.Error()
 		}
 	}
 	return ""
+}
+
+// damage is what verify has found. It is looked at when the first disk of the list is opened, or asked about: to list points
+// needs none of it.
+func (l *listing) damage() (repo.Damaged, error) {
+	l.verified.Do(func() {
+		r := source.Repository(l.set)
+		if r == nil || len(l.from.All) == 0 {
+			return
+		}
+		g, err := r.Guest(l.from.All[0].Guest.Name)
+		if err == nil {
+			l.damaged, err = g.Damaged(l.from.All)
+		}
+		l.unknown = err
+	})
+	return l.damaged, l.unknown
 }
 
 // contents looks at what there is of a point.

@@ -31,6 +31,7 @@ type disks struct {
 	open  map[diskKey]*openDisk
 	idle  []*openDisk // those of open that nobody uses, the longest first
 	ended bool
+	told  map[string]bool // what the log was told of damage
 
 	opened, reopened atomic.Uint64
 }
@@ -65,7 +66,7 @@ type openImage struct {
 }
 
 func newDisks(c *catalog, options image.PoolOptions) *disks {
-	return &disks{catalog: c, options: options, pool: image.NewPool(options), open: map[diskKey]*openDisk{}}
+	return &disks{catalog: c, options: options, pool: image.NewPool(options), open: map[diskKey]*openDisk{}, told: map[string]bool{}}
 }
 
 // acquire opens a disk, or shares it with who has it open. Each call that succeeds needs one of release.
@@ -115,7 +116,35 @@ func (d *disks) openNow(pool *image.Pool, p tree.Place, disk string) (*openImage
 	if err != nil {
 		return nil, err
 	}
+	d.tellDamage(l, p, point.Manifest, disk)
 	return &openImage{img, pool, l.set}, nil
+}
+
+// maxTold bounds of how many disks it is remembered that the log was told of their damage.
+const maxTold = 1000
+
+// tellDamage logs what verify has found of a disk that was opened all the same, once: how it is read does not show it.
+func (d *disks) tellDamage(l *listing, p tree.Place, m *chain.Manifest, disk string) {
+	var text string
+	damaged, err := l.damage()
+	if found, ok := damaged[m.Ref(disk)]; ok {
+		text = fmt.Sprintf("point %s/%s: disk %s may not be what the guest had: %v", p.Guest, p.Point, disk, found)
+	}
+	if err != nil {
+		text = fmt.Sprintf("what verify has found is not known: %v", err)
+	}
+	d.mu.Lock()
+	told := text == "" || d.told[text]
+	if len(d.told) >= maxTold {
+		clear(d.told)
+	}
+	if !told {
+		d.told[text] = true
+	}
+	d.mu.Unlock()
+	if !told {
+		d.catalog.log.WithFields(diskFields(p, disk)).Warn(text)
+	}
 }
 
 // What nobody uses is kept open for a moment: programs open a disk several times in a row (a file manager, mount(8), a

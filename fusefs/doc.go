@@ -27,6 +27,6 @@
 //
 // What is damaged or not to be trusted is told to the log once. A point whose manifest can't be read is not shown. A disk
 // that is refused, or is read through an image that is missing or damaged, is shown, and opening it is an I/O error.
-// A disk that is only warned of, as it may not be what the guest had, is shown and can be read; its attribute
-// user.qmchain.warning says why. Log entries have the fields guest, point and disk where they are about one.
+// A disk that is only warned of, as it may not be what the guest had, or verify has found it damaged, is shown and can be read;
+// its attribute user.qmchain.warning says why, and so does the log when one with damage is opened. Log entries have the fields guest, point and disk where they are about one.
 package fusefs

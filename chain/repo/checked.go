@@ -25,8 +25,8 @@ const (
 	maxChecked       = 16 << 20
 )
 
-// Checked is what was last found when a guest's points were verified and drilled, for those who ask which backups were ever
-// tried. It stands in a file in the guest's folder, is no part of any point, and nothing that reads points looks at it.
+// Checked is what was last found when a guest's points were verified and drilled. It stands in a file in the guest's folder, and
+// is no part of any point: it tells which backups were ever tried, and Damaged says which are not to be relied on.
 type Checked struct {
 	Format   int        `json:"format"`
 	Verified []Verified `json:"verified"`
@@ -42,12 +42,28 @@ type Verified struct {
 	Deep   bool      `json:"deep"`   // the disks were read
 	Good   bool      `json:"good"`
 	Why    string    `json:"why,omitempty"` // it is not good: the disks, and the files
+	// Disks are those that are damaged. Where there are none though it is not good, all of the point's are.
+	Disks []DamagedDisk `json:"disks,omitempty"`
 }
 
-// covers reports whether v looked at all that o did. A superficial look that finds nothing says nothing of what a thorough one
-// has found.
-func (v Verified) covers(o Verified) bool {
-	return v.Point == o.Point && (v.Tables || !o.Tables) && (v.Deep || !o.Deep)
+// DamagedDisk is a disk that can't be read as it was, and the images that are the reason: its own, or ones below.
+type DamagedDisk struct {
+	Name   string           `json:"name"`
+	Images []chain.ImageRef `json:"images"`
+}
+
+// covers reports whether v looked at all of a point that o did. A superficial look that finds nothing says nothing of what a
+// thorough one has found.
+func (v Verified) covers(o Verified) bool { return v.Point == o.Point && v.asThorough(o) }
+
+func (v Verified) asThorough(o Verified) bool {
+	return (v.Tables || !o.Tables) && (v.Deep || !o.Deep)
+}
+
+// damageIn reports whether it is damage in images of such points.
+func (v Verified) damageIn(points map[chain.ID]bool) bool {
+	named := func(i chain.ImageRef) bool { return points[i.Point] }
+	return !v.Good && (points[v.Point] || slices.ContainsFunc(v.Disks, func(d DamagedDisk) bool { return slices.ContainsFunc(d.Images, named) }))
 }
 
 // Drilled says whether a point has started as a guest.
@@ -79,7 +95,8 @@ func (g *Guest) Checked() (*Checked, error) {
 	return &c, nil
 }
 
-// NoteChecked records what was found, and forgets of points that are gone. A record that is damaged is begun anew.
+// NoteChecked records what was found, and forgets of points that are gone; but no damage of images that are still needed. A record
+// that is damaged is begun anew.
 func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 	if len(found.Verified)+len(found.Drilled) == 0 {
 		return nil
@@ -100,11 +117,11 @@ func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 	if err != nil {
 		return err
 	}
-	have := make(map[chain.ID]bool, len(folders))
+	have, needed := make(map[chain.ID]bool, len(folders)), make(map[chain.ID]bool, len(folders))
 	for _, f := range folders {
-		have[f.ID] = !f.Base
+		have[f.ID], needed[f.ID] = !f.Base, true
 	}
-	c.add(found, have)
+	c.add(found, have, needed)
 	text, err := json.MarshalIndent(c, "", " ")
 	if err != nil {
 		return err
@@ -118,8 +135,9 @@ func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 	return nil
 }
 
-// add takes in what was found; have says which points there are.
-func (c *Checked) add(found Checked, have map[chain.ID]bool) {
+// add takes in what was found; have says which points there are, and needed which have images: also those that were removed, but
+// are bases of others.
+func (c *Checked) add(found Checked, have, needed map[chain.ID]bool) {
 	verified, drilled := map[chain.ID][]Verified{}, map[chain.ID]bool{}
 	for _, v := range found.Verified {
 		verified[v.Point] = append(verified[v.Point], v)
@@ -130,7 +148,7 @@ func (c *Checked) add(found Checked, have map[chain.ID]bool) {
 	old := *c
 	c.Verified, c.Drilled = []Verified{}, []Drilled{}
 	for _, o := range old.Verified {
-		if have[o.Point] && !slices.ContainsFunc(verified[o.Point], func(v Verified) bool { return v.covers(o) }) {
+		if (have[o.Point] || o.damageIn(needed)) && !slices.ContainsFunc(verified[o.Point], func(v Verified) bool { return v.covers(o) }) {
 			c.Verified = append(c.Verified, o)
 		}
 	}

@@ -1,6 +1,10 @@
 package verify
 
-import "slices"
+import (
+	"slices"
+
+	"qmchain/chain"
+)
 
 // State is what became of a disk or a point.
 type State string
@@ -70,6 +74,8 @@ type Disk struct {
 	Name  string   `json:"name"`
 	State State    `json:"state"`
 	Files []string `json:"files"` // that are the reason if it is not good
+	// Images are those whose damage is the reason.
+	Images []chain.ImageRef `json:"-"`
 }
 
 // Finding is what was found of one file.
@@ -126,6 +132,9 @@ func (v *view) report() *Guest {
 					d.State = Worse(d.State, state)
 					if state != Good && !slices.Contains(d.Files, f.file) {
 						d.Files = append(d.Files, f.file)
+					}
+					if at := t.Point.Ref(t.Disk.Name); state == Damaged && !slices.Contains(d.Images, at) {
+						d.Images = append(d.Images, at)
 					}
 				}
 			}

@@ -24,6 +24,8 @@ import (
 // Checker verifies the guests of a set.
 type Checker struct {
 	Set source.Set
+	// Disks are those of the points that are asked for; all, if there are none.
+	Disks []string
 	// Deep reads the disks that are asked for.
 	Deep bool
 	// Jobs is how many pieces are read at a time; 0: as many as there are processors, 8 at most. Each takes 4 MiB.
@@ -74,7 +76,7 @@ func (c *Checker) Guest(ctx context.Context, name string, points ...string) (*Gu
 		asks = func(id string) bool { return slices.Contains(ids, id) }
 	}
 	for round := 1; ; round++ {
-		v, err := newView(c.Set.Dir(), name, now, asks)
+		v, err := newView(c.Set.Dir(), name, now, asks, c.Disks)
 		if err != nil {
 			return nil, err
 		}
@@ -130,7 +132,7 @@ func resolve(points *source.Points, name string) (string, error) {
 	case len(found) == 0:
 		return "", fmt.Errorf("no point %q: %w", name, chain.ErrNoPoint)
 	case len(found) > 1:
-		return "", fmt.Errorf("%q can mean %s or %s: name more of it: %w", name, found[0], found[1], chain.ErrNoPoint)
+		return "", &chain.AmbiguousError{Name: name, One: found[0], Other: found[1]}
 	}
 	return found[0], nil
 }

@@ -53,7 +53,7 @@ type view struct {
 	dir     string // of the set
 	points  *source.Points
 	asks    func(point string) bool // by its id, or its folder's name
-	asked   []*chain.Manifest       // oldest first
+	asked   []*chain.Manifest       // oldest first; with the disks that were asked for
 	lost    []chain.Problem         // points that were asked for and can't be read
 	refused map[DiskRef]error
 	targets map[ref]*target
@@ -61,8 +61,9 @@ type view struct {
 	other   []fault   // that concern no disk
 }
 
-// newView works out which images must be checked. It reads nothing.
-func newView(set, guest string, points *source.Points, asks func(string) bool) (*view, error) {
+// newView works out which images must be checked, for all disks of the points that are asked for, or only those that are named.
+// It reads nothing.
+func newView(set, guest string, points *source.Points, asks func(string) bool, disks []string) (*view, error) {
 	v := &view{guest: guest, dir: set, points: points, asks: asks, targets: map[ref]*target{}, refused: map[DiskRef]error{}}
 	for _, p := range points.Problems {
 		if p.Disk != "" {
@@ -75,12 +76,18 @@ func newView(set, guest string, points *source.Points, asks func(string) bool) (
 		if !asks(string(m.ID)) {
 			continue
 		}
-		v.asked = append(v.asked, m)
+		asked := *m
+		asked.Disks = nil
 		for i := range m.Disks {
+			if len(disks) > 0 && !slices.Contains(disks, m.Disks[i].Name) {
+				continue
+			}
+			asked.Disks = append(asked.Disks, m.Disks[i])
 			if err := v.add(m, &m.Disks[i]); err != nil {
 				return nil, err
 			}
 		}
+		v.asked = append(v.asked, &asked)
 	}
 	return v, nil
 }

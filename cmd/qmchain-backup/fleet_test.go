@@ -10,9 +10,9 @@ import (
 	"syscall"
 	"testing"
 
-	"qmchain/internal/testenv"
 	"qmchain/chain"
 	"qmchain/internal/fleet"
+	"qmchain/internal/testenv"
 )
 
 // TestFleet: of twenty VMs some hang, are locked or have no socket, and all others are backed up.

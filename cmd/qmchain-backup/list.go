@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -14,15 +16,28 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/repo"
 	"qmchain/cmd/internal/points"
+	"qmchain/cmd/internal/vms"
 	"qmchain/internal/durable"
+	"qmchain/internal/pveguest"
 	"qmchain/internal/ui"
+	"qmchain/proxmox"
 )
 
 type checkCmd struct {
 	Repo   string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
-	MaxAge time.Duration `default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
-	JSON   bool          `name:"json" help:"Print one JSON document."`
+	MaxAge time.Duration `positive:"" default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
+	JSON   bool          `conf:"no" name:"json" help:"Print one JSON document."`
 	Guest  []string      `arg:"" optional:"" help:"Only these guests."`
+
+	All     bool           `conf:"no" help:"All VMs of this Proxmox VE node, also those that have no point."`
+	Pool    string         `conf:"no" placeholder:"NAME" complete:"pool" help:"The same for the VMs of a pool, as far as they are on this node."`
+	Tag     string         `conf:"no" placeholder:"TAG" help:"The same for the VMs of this node that have a tag."`
+	Exclude []proxmox.VMID `placeholder:"VMID" help:"With --all, --pool and --tag: not this VM. Can be given several times."`
+}
+
+// Help is what "check --help" says in addition.
+func (*checkCmd) Help() string {
+	return `Of each guest's newest point it looks whether it is young enough, whether the images that it is read from are there, of the right size and the right ones, and whether verify has found damage in them. It reads no data: that is what "qmchain-restore verify" is for. Without --all, --pool and --tag it knows of the guests in the repository alone, and of none that was never backed up.`
 }
 
 // checked is one guest in the output of check --json.
@@ -45,17 +60,15 @@ const (
 	checkUnreadable checkState = "unreadable" // now
 )
 
-// Run fails with exit code 1 where a point is too old, 2 where a guest has none, and 5 where the newest can't be read.
-func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
+// Run fails with exit code 1 where a point is too old, 2 where a guest has none, and 5 where the newest is known to be damaged.
+func (c *checkCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node) error {
 	r, err := points.OpenRepo(c.Repo, fsys)
 	if err != nil {
 		return err
 	}
-	guests := c.Guest
-	if len(guests) == 0 {
-		if guests, err = r.Guests(); err != nil {
-			return err
-		}
+	guests, err := c.guests(u, r, n.Host)
+	if err != nil {
+		return err
 	}
 	for _, name := range guests {
 		if err := chain.CheckGuestName(name); err != nil {
@@ -66,7 +79,10 @@ func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
 	all := []checked{}
 	now := time.Now()
 	for _, name := range guests {
-		state, err := c.check(r, name, now)
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		state, err := c.check(u, r, name, now)
 		if err != nil {
 			state.Error = err.Error()
 			if ui.ExitCode(err) >= ui.ExitCode(worst) {
@@ -86,31 +102,115 @@ func (c *checkCmd) Run(_ context.Context, u *ui.UI, fsys durable.FS) error {
 	return cmp.Or(err, worst)
 }
 
-func (c *checkCmd) check(r *repo.Repo, name string, now time.Time) (s checked, err error) {
-	s.Guest, s.State = name, checkUnreadable
+// guests are the names of those to look at.
+func (c *checkCmd) guests(u *ui.UI, r *repo.Repo, host proxmox.Host) ([]string, error) {
+	selection := proxmox.Selection{All: c.All, Pool: c.Pool, Tag: c.Tag, Exclude: c.Exclude}
+	switch {
+	case !selection.Many() && len(c.Guest) > 0:
+		return c.Guest, nil
+	case !selection.Many():
+		return r.Guests()
+	case len(c.Guest) > 0, c.All && (c.Pool != "" || c.Tag != ""), c.Pool != "" && c.Tag != "":
+		return nil, ui.Exit(ui.ExitUsage, errors.New("say which guests in one way: their names, --all, --pool or --tag"))
+	}
+	ids, notes, err := vms.Select(host, selection)
+	if err != nil {
+		return nil, err
+	}
+	for _, note := range notes {
+		u.Log.Infof("left out: %s", note)
+	}
+	var names []string
+	for _, id := range ids {
+		config, err := host.Config(id)
+		switch {
+		case errors.Is(err, proxmox.ErrNotFound), errors.Is(err, proxmox.ErrElsewhere):
+			continue // it went away meanwhile
+		case err != nil:
+			return nil, err
+		case config.Template():
+			u.Log.Infof("left out: VM %s is %v", id, pveguest.ErrTemplate)
+			continue
+		}
+		names = append(names, id.String())
+	}
+	return names, nil
+}
+
+// maxLooks bounds how often a guest is looked at whose points change meanwhile: what is removed or merged just then is not missing.
+const maxLooks = 3
+
+func (c *checkCmd) check(u *ui.UI, r *repo.Repo, name string, now time.Time) (s checked, err error) {
 	g, err := r.Guest(name)
 	if err != nil {
-		return s, err
+		return checked{Guest: name, State: checkUnreadable}, err
 	}
+	var known repo.Known
+	var then chain.Points
+	for looks := 1; ; looks++ {
+		points, _, err := g.Look(&known)
+		if err != nil {
+			return checked{Guest: name, State: checkUnreadable}, err
+		}
+		s, err = c.newest(u, r, g, points, now)
+		certain := s.State != checkDamaged && s.State != checkUnreadable
+		if certain || looks == maxLooks || looks > 1 && slices.Equal(points, then) {
+			return s, err
+		}
+		then = points
+	}
+}
+
+// newest looks at the newest of a guest's points.
+func (c *checkCmd) newest(u *ui.UI, r *repo.Repo, g *repo.Guest, all chain.Points, now time.Time) (s checked, err error) {
+	s = checked{Guest: g.Name, State: checkUnreadable}
 	if s.Point, err = g.Tip(); err != nil {
 		return s, err
 	}
 	if s.Point == "" {
 		s.State = checkNone
-		return s, ui.Exit(ui.ExitNotFound, points.MeantGuest(fmt.Errorf("guest %s has no point: %w", name, chain.ErrNoPoint), name, r.Guests))
+		err := fmt.Errorf("guest %s has no point: %w", g.Name, chain.ErrNoPoint)
+		if len(c.Guest) > 0 {
+			err = points.MeantGuest(err, g.Name, r.Guests)
+		}
+		return s, ui.Exit(ui.ExitNotFound, err)
 	}
 	m, err := g.Point(s.Point)
-	if err != nil {
+	if err == nil {
+		s.Age = now.Sub(m.Time).Seconds()
+		err = whole(u, g, all, m)
+	}
+	switch {
+	case errors.Is(err, chain.ErrDamaged), errors.Is(err, fs.ErrNotExist):
 		s.State = checkDamaged
 		return s, ui.Exit(ui.ExitDamaged, err)
+	case err != nil:
+		return s, err
 	}
-	age := now.Sub(m.Time)
-	s.State, s.Age = checkOK, age.Seconds()
-	if age > c.MaxAge {
+	s.State = checkOK
+	if age := now.Sub(m.Time); age > c.MaxAge {
 		s.State = checkOld
-		return s, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", name, age.Round(time.Second)))
+		return s, ui.Exit(ui.ExitFailed, fmt.Errorf("guest %s: its newest point is %s old", g.Name, age.Round(time.Second)))
 	}
 	return s, nil
+}
+
+// whole makes sure that the images which a point's disks are read from are there and are the right ones, and that verify has not
+// found them damaged.
+func whole(u *ui.UI, g *repo.Guest, all chain.Points, m *chain.Manifest) error {
+	damaged, err := g.Damaged(all)
+	if err != nil {
+		u.Log.Warnf("what verify has found is not known: %v", err)
+	}
+	for _, d := range m.Disks {
+		if found, ok := damaged[m.Ref(d.Name)]; ok {
+			return fmt.Errorf("%s/%s: disk %s: %w", g.Name, m.ID, d.Name, found.Err())
+		}
+		if err := g.CheckImages(all, m, d.Name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // String is what people are told.
@@ -124,14 +224,14 @@ func (s checked) String() string {
 	case checkNone:
 		return "no point"
 	case checkDamaged:
-		return "damaged: " + string(s.Point)
+		return "DAMAGED: " + s.Error
 	}
 	return "unreadable"
 }
 
 type infoCmd struct {
 	oneFlags `embed:""`
-	JSON     bool `name:"json" help:"Print one JSON document."`
+	JSON     bool `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 func (c *infoCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node) error {

@@ -23,10 +23,20 @@ func noteVerified(ctx context.Context, u *ui.UI, check verify.Checker, g *verify
 		}
 		found.Verified = append(found.Verified, repo.Verified{
 			Point: id, Time: time.Now().UTC().Truncate(time.Second), Tables: check.QemuImg != "", Deep: check.Deep,
-			Good: p.State == verify.Good, Why: whyDamaged(p),
+			Good: p.State == verify.Good, Why: whyDamaged(p), Disks: damagedDisks(p),
 		})
 	}
 	note(ctx, u, check.Set, g.Guest, found)
+}
+
+// damagedDisks are those of a point; none if that can't be read.
+func damagedDisks(p verify.Point) (damaged []repo.DamagedDisk) {
+	for _, d := range p.Disks {
+		if d.State == verify.Damaged {
+			damaged = append(damaged, repo.DamagedDisk{Name: d.Name, Images: d.Images})
+		}
+	}
+	return damaged
 }
 
 // whyDamaged names the disks of a point that are damaged, and the files that are the reason.

@@ -22,21 +22,21 @@ type drillCmd struct {
 	points.Flags `embed:""`
 	Until        string        `default:"agent" enum:"agent,login,text" help:"What the guest must show: agent, an answer of its guest agent; login, a login prompt on the serial console; text, what --text says."`
 	Text         string        `placeholder:"TEXT" help:"The text on the serial console to wait for; implies --until text."`
-	Timeout      time.Duration `default:"5m" placeholder:"TIME" help:"How long to wait for that."`
-	Screenshot   string        `placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
+	Timeout      time.Duration `positive:"" default:"5m" placeholder:"TIME" help:"How long to wait for that."`
+	Screenshot   string        `conf:"no" placeholder:"FILE" help:"Write what is on the screen at the end to this PNG."`
 	Memory       string        `placeholder:"SIZE" help:"Of the guest. Default: what its Proxmox VE configuration says, 4GiB at most; else 1GiB."`
 	CPUs         int           `name:"cpus" placeholder:"N" help:"Of the guest. Default: as many as it had, 4 at most; else 2."`
 	Machine      string        `placeholder:"TYPE" help:"QEMU's machine type, such as pc or q35. Default: what the guest had; else pc."`
 	Accel        string        `default:"auto" enum:"auto,kvm,tcg" help:"kvm, tcg (slow, needs no hardware), or auto: kvm where it is."`
 	CPU          string        `name:"cpu" placeholder:"MODEL" help:"QEMU's CPU model. Default: the host's, or all that can be emulated."`
-	Boot         string        `placeholder:"D" help:"The disk to boot from. Default: the guest's own; else the first."`
+	Boot         string        `conf:"no" placeholder:"D" help:"The disk to boot from. Default: the guest's own; else the first."`
 	Firmware     string        `placeholder:"FILE" help:"UEFI code, for a guest with efidisk0. Default: what is installed."`
-	Kernel       string        `placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
-	Initrd       string        `placeholder:"FILE" help:"Its initrd."`
-	Append       string        `placeholder:"TEXT" help:"Its command line."`
+	Kernel       string        `conf:"no" placeholder:"FILE" help:"Start this kernel instead of what is on a disk."`
+	Initrd       string        `conf:"no" placeholder:"FILE" help:"Its initrd."`
+	Append       string        `conf:"no" placeholder:"TEXT" help:"Its command line."`
 	QEMU         string        `name:"qemu" placeholder:"PROGRAM" help:"QEMU. Default: kvm (Proxmox VE's) or qemu-system-x86_64."`
-	Result       string        `placeholder:"FILE" help:"Write the result to FILE, as --json prints it, and not into the repository: note-drill does that."`
-	JSON         bool          `name:"json" help:"Print one JSON document."`
+	Result       string        `conf:"no" placeholder:"FILE" help:"Write the result to FILE, as --json prints it, and not into the repository: note-drill does that."`
+	JSON         bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // drilled is the output of drill --json, and what note-drill reads.
@@ -89,6 +89,7 @@ func (c *drillCmd) Run(ctx context.Context, u *ui.UI) error {
 		return err
 	}
 	defer closeAll()
+	p.damage(u, names)
 	cfg := drill.Config{
 		Memory: cmp.Or(memory, had.memory) >> 20, CPUs: cmp.Or(c.CPUs, had.cpus), Accel: c.Accel, CPU: c.CPU,
 		Machine: cmp.Or(c.Machine, had.kind), SCSI: had.scsi, UUID: had.uuid, Firmware: c.Firmware,

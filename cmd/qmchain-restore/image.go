@@ -21,15 +21,15 @@ import (
 
 type imageCmd struct {
 	points.Flags `embed:""`
-	Output       string        `required:"" short:"o" placeholder:"PATH" help:"A file, a block device, or a folder that is there: each disk becomes DISK.raw or DISK.qcow2 in it."`
-	Format       export.Format `enum:"raw,qcow2" default:"raw" help:"raw or qcow2."`
+	Output       string        `conf:"no" required:"" short:"o" placeholder:"PATH" help:"A file, a block device, or a folder that is there: each disk becomes DISK.raw or DISK.qcow2 in it."`
+	Format       export.Format `enum:"auto,raw,qcow2" default:"auto" help:"raw or qcow2; auto: what the name of a file for --output ends in, .raw or .qcow2; else raw."`
 	Compress     bool          `help:"Compress the data, with --format qcow2."`
-	Force        bool          `help:"Write over an existing file, or a device that is not empty."`
-	Verify       bool          `help:"When all is written, read it from the disk again and compare."`
+	Force        bool          `conf:"no" help:"Write over an existing file, or a device that is not empty."`
+	Verify       bool          `help:"First compare the image files with their check sums, and write nothing if they differ. When all is written, read it from the disk again and compare. Without it no check sum is looked at."`
 	Jobs         int           `default:"0" placeholder:"N" help:"How many pieces to read and write at a time. 0: what fits the machine."`
-	NoSpaceCheck bool          `help:"Begin even if the space may not do."`
-	DryRun       bool          `short:"n" help:"Print what would be done, and do nothing."`
-	JSON         bool          `name:"json" help:"Print one JSON document."`
+	NoSpaceCheck bool          `conf:"no" help:"Begin even if the space may not do."`
+	DryRun       bool          `conf:"no" short:"n" help:"Print what would be done, and do nothing."`
+	JSON         bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // restored is the output of image --json.
@@ -50,9 +50,31 @@ type restoredDisk struct {
 	Data     int64         `json:"data"`     // bytes of it that are not known to be zeroes
 	Seconds  float64       `json:"seconds"`  // it took to write
 	Verified bool          `json:"verified"`
+	Damage   string        `json:"damage,omitempty"` // that verify has found before
+}
+
+// Help is what "image --help" says in addition.
+func (*imageCmd) Help() string {
+	return `What is read are the data of the images, and not their check sums: a disk whose image was changed is restored as it is now. --verify compares first. Where "qmchain-restore verify" has found damage before, the disks are written all the same, and the exit code is 5.`
+}
+
+// formatAuto stands for a format that the name of the output tells.
+const formatAuto export.Format = "auto"
+
+// formatOf is the format for an output of which the user has not said it.
+func formatOf(output string) export.Format {
+	info, err := os.Stat(output)
+	named := err != nil || info.Mode().IsRegular() // a folder or a device can have any name
+	if named && strings.EqualFold(filepath.Ext(output), "."+string(export.Qcow2)) {
+		return export.Qcow2
+	}
+	return export.Raw
 }
 
 func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	if c.Format == formatAuto {
+		c.Format = formatOf(c.Output)
+	}
 	if err := c.check(); err != nil {
 		return ui.Exit(ui.ExitUsage, err)
 	}
@@ -100,13 +122,27 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	for _, d := range doubts {
 		u.Log.Warn(d)
 	}
+	var damage map[string]error // of which --verify knows better
+	if !c.Verify || c.DryRun {
+		damage = p.damage(u, names)
+	}
+	for i, name := range names {
+		if damage[name] != nil {
+			done.Disks[i].Damage = damage[name].Error()
+		}
+	}
 	if c.DryRun {
 		return u.Result(c.JSON, done, func(w io.Writer) error { return printPlan(w, done.Disks) })
+	}
+	if c.Verify {
+		if err := p.checkSums(ctx, u, names); err != nil {
+			return err
+		}
 	}
 	if err := c.write(ctx, u, plans, done.Disks); err != nil {
 		return err
 	}
-	err = u.Result(c.JSON, done, func(w io.Writer) error {
+	err = u.Done(c.JSON, done, func(w io.Writer) error {
 		for _, d := range done.Disks {
 			if _, err := fmt.Fprintln(w, d.Output); err != nil {
 				return err
@@ -114,6 +150,9 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		}
 		return nil
 	})
+	if err == nil && len(damage) > 0 {
+		return restoredDamaged(p, damage)
+	}
 	if err == nil && len(doubts) > 0 {
 		return ui.Exit(ui.ExitPartly, fmt.Errorf("all that is there is restored, but it may not be what the guest had: %w", doubts[0]))
 	}

@@ -16,8 +16,8 @@ import (
 
 type nbdCmd struct {
 	points.Flags `embed:""`
-	Socket       string `required:"" placeholder:"ADDR" help:"Where to listen: unix:PATH or tcp:HOST:PORT. Who can connect can read the disks."`
-	JSON         bool   `name:"json" help:"Print one JSON document."`
+	Socket       string `conf:"no" required:"" placeholder:"ADDR" help:"Where to listen: unix:PATH or tcp:HOST:PORT. Who can connect can read the disks."`
+	JSON         bool   `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // serving is the output of nbd --json.
@@ -52,6 +52,7 @@ func (c *nbdCmd) Run(ctx context.Context, u *ui.UI) error {
 	for _, d := range p.Doubts(names) {
 		u.Log.Warn(d)
 	}
+	p.damage(u, names)
 	l, err := nbd.Listen(ctx, absolute(c.Socket))
 	if err != nil {
 		return fmt.Errorf("--socket: %w", err)

@@ -1,8 +1,19 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"qmchain/chain"
 	"qmchain/chain/image"
+	"qmchain/chain/verify"
 	"qmchain/cmd/internal/points"
+	"qmchain/internal/ui"
 )
 
 // point is a point whose disks can be opened, and with what was saved beside them.
@@ -16,4 +27,68 @@ func openPoint(dir, name string) (*point, error) {
 		return nil, err
 	}
 	return &point{p}, nil
+}
+
+// damage warns of what verify has found of disks, and returns it by their names.
+func (p *point) damage(u *ui.UI, names []string) map[string]error {
+	found, err := p.Damage(names)
+	if err != nil {
+		u.Log.Warnf("what verify has found is not known: %v", err)
+	}
+	for _, name := range names {
+		if found[name] != nil {
+			u.Log.Warn(found[name])
+		}
+	}
+	return found
+}
+
+// restoredDamaged is the error at the end of a restore from images that are known to be damaged. Nothing in what was written
+// tells where it is wrong.
+func restoredDamaged(p *point, damage map[string]error) error {
+	first := slices.Min(slices.Collect(maps.Keys(damage)))
+	err := fmt.Errorf("%s is restored as its images are now, which is not what the guest had: %w", p.Name(), damage[first])
+	return ui.Exit(ui.ExitDamaged, ui.Hint(err, "`qmchain-restore verify` names the points that are still good; --verify keeps damage from being restored"))
+}
+
+// checkSums compares the image files that disks are read from with their check sums, as verify does, and refuses damage and what
+// can't be told from it.
+func (p *point) checkSums(ctx context.Context, u *ui.UI, names []string) error {
+	check := verify.Checker{Set: p.Set, Disks: names}
+	var err error
+	if check.QemuImg, err = exec.LookPath("qemu-img"); err != nil {
+		check.QemuImg = ""
+		u.Log.Warn("qemu-img is not installed: whether the tables of the images contradict one another is not looked at")
+	}
+	bars := u.NewProgress("checked")
+	check.Progress = bars.Bar("check sums", 0).Set
+	g, err := check.Guest(ctx, p.Guest.Name, string(p.ID))
+	bars.Done()
+	if err != nil {
+		return err
+	}
+	if len(names) == len(p.Disks) { // else the point's other disks would count as good
+		noteVerified(ctx, u, check, g)
+	}
+	var wrong []string
+	for _, f := range g.Findings {
+		text := strings.TrimPrefix(f.File+": "+f.Text, ": ")
+		switch f.Kind {
+		case verify.Damage, verify.Unreadable, verify.BeingMerged:
+			wrong = append(wrong, text)
+		case verify.NoSums:
+			u.Log.Warn(text)
+		}
+	}
+	what := fmt.Sprintf("%s: nothing is restored: %s", p.Name(), strings.Join(wrong, "; "))
+	switch g.State {
+	case verify.Damaged:
+		err := fmt.Errorf("%s: %w", what, chain.ErrDamaged)
+		return ui.Exit(ui.ExitDamaged, ui.Hint(err, "`qmchain-restore verify` names the points that are still good; without --verify what is left of this one is restored"))
+	case verify.Unknown:
+		return ui.Exit(ui.ExitFailed, errors.New(what))
+	case verify.Merging:
+		return ui.Exit(ui.ExitBusy, ui.Hint(errors.New(what), "wait for the merge to end, or leave out --verify"))
+	}
+	return nil
 }

@@ -24,16 +24,17 @@ import (
 
 type vmCmd struct {
 	points.Flags `embed:""`
-	VMID         *proxmox.VMID `name:"vmid" placeholder:"N" help:"Of the new VM. Default: the one that it had."`
+	VMID         *proxmox.VMID `conf:"no" name:"vmid" placeholder:"N" help:"Of the new VM. Default: the one that it had."`
 	Storage      []string      `placeholder:"[D=]S" complete:"storage" help:"The storage for all disks, or with D= for one. Default: that which each was on. Can be given several times."`
-	Unique       bool          `help:"New MAC addresses and a new UUID, for a copy beside the VM."`
-	Start        bool          `help:"Start the VM when all is there."`
-	Live         bool          `help:"Start the VM at once and move its data while it runs; returns when that is done. Needs Proxmox VE 8.2. What the guest writes is lost if it fails before."`
-	Force        bool          `help:"Replace a VM of that VMID, which must be stopped and have no snapshots. It stays whole until the new disks are there, so both need space."`
-	Config       string        `placeholder:"FILE" help:"Take the VM's configuration from FILE in place of the point: of backups that hold none. Its disks must have the names of the point's."`
+	Unique       bool          `conf:"no" help:"New MAC addresses and a new UUID, for a copy beside the VM."`
+	Start        bool          `conf:"no" help:"Start the VM when all is there."`
+	Live         bool          `conf:"no" help:"Start the VM at once and move its data while it runs; returns when that is done. Needs Proxmox VE 8.2. What the guest writes is lost if it fails before."`
+	Force        bool          `conf:"no" help:"Replace a VM of that VMID, which must be stopped and have no snapshots. It stays whole until the new disks are there, so both need space."`
+	Config       string        `conf:"no" placeholder:"FILE" help:"Take the VM's configuration from FILE in place of the point: of backups that hold none. Its disks must have the names of the point's."`
 	Staging      string        `placeholder:"DIR" help:"Write the disks to DIR first and import them from there, in place of a mount."`
-	DryRun       bool          `short:"n" help:"Print the commands of qm, and do nothing."`
-	JSON         bool          `name:"json" help:"Print one JSON document."`
+	Verify       bool          `help:"First compare the image files with their check sums, and do nothing if they differ. Without it no check sum is looked at."`
+	DryRun       bool          `conf:"no" short:"n" help:"Print the commands of qm, and do nothing."`
+	JSON         bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // restoredVM is the output of vm --json.
@@ -129,13 +130,34 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 	for _, n := range plan.Notes {
 		u.Log.Warn(n.Text)
 	}
+	var damage map[string]error // of which --verify knows better
+	if !c.Verify || c.DryRun {
+		damage = p.damage(u, names)
+	}
 	out := c.result(p, plan, sizes)
+	for _, name := range names {
+		if damage[name] != nil {
+			out.Notes = append(out.Notes, damage[name].Error())
+		}
+	}
+	if c.Verify && !c.DryRun {
+		if err := p.checkSums(ctx, u, names); err != nil {
+			return err
+		}
+	}
 	if !c.DryRun {
 		if err := c.restore(ctx, u, fsys, host, p, plan, disks, sizes, dir, staging); err != nil {
 			return err
 		}
 	}
-	err = u.Result(c.JSON, out, func(w io.Writer) error { return out.print(w) })
+	tell := u.Done
+	if c.DryRun {
+		tell = u.Result
+	}
+	err = tell(c.JSON, out, func(w io.Writer) error { return out.print(w) })
+	if err == nil && len(damage) > 0 && !c.DryRun {
+		return restoredDamaged(p, damage)
+	}
 	if loss := plan.Loss(); err == nil && loss != "" && !c.DryRun {
 		return ui.Exit(ui.ExitPartly, fmt.Errorf("VM %s is restored, but not quite as it was: %s", o.VMID, loss))
 	}

@@ -29,7 +29,7 @@ type Command struct {
 
 // Help is what "list --help" says in addition.
 func (*Command) Help() string {
-	return `A chain is a full with all that descends from it, and stands under the full. AGE is how long ago the point was taken, SIZE that of its disks, and STORED what its images take; of a guest, AGE is that of its newest point, and STORED is all of it. In a point of several levels the remark says which disk has which.`
+	return `A chain is a full with all that descends from it, and stands under the full. AGE is how long ago the point was taken, SIZE that of its disks, and STORED what its images take; of a guest, AGE is that of its newest point, and STORED is all of it. In a point of several levels the remark says which disk has which. No image is looked at: a remark on damage is what "qmchain-restore verify" has found before, and "qmchain-backup check" looks at the images of each guest's newest point.`
 }
 
 // Examples implements cli.Exemplary.
@@ -64,6 +64,8 @@ type Disk struct {
 	Bytes       int64       `json:"bytes"`
 	Format      string      `json:"format"`
 	File        string      `json:"file"` // relative to the repository
+	// Damage is what verify has found of the images that the disk is read from.
+	Damage string `json:"damage,omitempty"`
 }
 
 // Run lists all points, oldest first. Where one, or a disk of it, can't be read it lists the others all the same, and then fails.
@@ -140,9 +142,11 @@ func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (e
 		}
 	}
 	type guest struct {
-		name string
-		of   *source.Points
-		err  error
+		name    string
+		of      *source.Points
+		damaged repo.Damaged
+		unknown error // why what is damaged is not known
+		err     error
 	}
 	read := make(chan guest)
 	go func() {
@@ -152,8 +156,12 @@ func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (e
 			if c.Guest == "" && errors.Is(err, chain.ErrNoPoint) {
 				continue // its last point has just gone, or its first is being made
 			}
+			g := guest{name: name, of: of, err: err}
+			if err == nil {
+				g.damaged, g.unknown = damagedOf(set, name, of)
+			}
 			select {
-			case read <- guest{name, of, err}:
+			case read <- g:
 			case <-ctx.Done():
 				return
 			}
@@ -173,12 +181,29 @@ func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (e
 			if g.err != nil {
 				return g.err
 			}
-			do(listingOf(g.name, g.of))
+			found := listingOf(g.name, g.of, g.damaged)
+			if g.unknown != nil {
+				found.problems = append(found.problems, problem{guest: g.name, text: fmt.Sprintf("what verify has found is not known: %v", g.unknown)})
+			}
+			do(found)
 		}
 	}
 }
 
-func listingOf(name string, of *source.Points) (found listing) {
+// damagedOf is what verify has found damaged of a guest's points; of a foreign set nobody keeps it.
+func damagedOf(set source.Set, name string, of *source.Points) (repo.Damaged, error) {
+	r := source.Repository(set)
+	if r == nil {
+		return nil, nil
+	}
+	g, err := r.Guest(name)
+	if err != nil {
+		return nil, err
+	}
+	return g.Damaged(of.All)
+}
+
+func listingOf(name string, of *source.Points, damaged repo.Damaged) (found listing) {
 	for _, p := range of.Problems {
 		problem := problem{name, p.Point, p.Disk == "", fmt.Sprintf("point left out: %v", p.Err)}
 		if p.Disk != "" {
@@ -191,7 +216,13 @@ func listingOf(name string, of *source.Points) (found listing) {
 		found.problems = append(found.problems, problem{name, p.Point, false, fmt.Sprintf("%s/%s: disk %s: %v", name, p.Point, p.Disk, p.Err)})
 	}
 	for _, m := range of.All.Kept() {
-		found.points = append(found.points, listed(m, of))
+		p := listed(m, of)
+		for i := range p.Disks {
+			if v, ok := damaged[m.Ref(p.Disks[i].Name)]; ok {
+				p.Disks[i].Damage = v.String()
+			}
+		}
+		found.points = append(found.points, p)
 	}
 	return found
 }

@@ -179,6 +179,9 @@ func pointRow(at string, e entry, last *Point, now time.Time, long bool) row {
 	if p.Protected {
 		remarks = append(remarks, "protected")
 	}
+	if damaged := p.damaged(); damaged != "" {
+		remarks = append(remarks, damaged)
+	}
 	switch {
 	case long:
 		remarks = append(remarks, p.Time.Local().Format("2006-01-02 15:04:05"))
@@ -207,6 +210,9 @@ func diskRows(at string, e entry) (rows []row) {
 		if d.Parent != "" {
 			r[remark] = "since " + string(d.Parent)
 		}
+		if d.Damage != "" {
+			r[remark] = strings.TrimPrefix(r[remark]+"; "+d.Damage, "; ")
+		}
 		rows = append(rows, r)
 	}
 	return rows
@@ -218,6 +224,23 @@ func (p *Point) sizes() (virtual, images int64) {
 		virtual, images = virtual+d.VirtualSize, images+d.Bytes
 	}
 	return virtual, images
+}
+
+// damaged says which of its disks verify has found damaged.
+func (p *Point) damaged() string {
+	var names []string
+	for _, d := range p.Disks {
+		if d.Damage != "" {
+			names = append(names, d.Name)
+		}
+	}
+	switch len(names) {
+	case 0:
+		return ""
+	case len(p.Disks):
+		return "DAMAGED"
+	}
+	return "DAMAGED (" + strings.Join(names, ", ") + ")"
 }
 
 // disks names its disks.
