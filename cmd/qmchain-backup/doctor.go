@@ -22,13 +22,13 @@ type doctorCmd struct {
 	Name        string        `placeholder:"GUEST" help:"The guest's name in the repository. A VM's is its VMID, if nothing else is said."`
 	Repo        string        `env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
 	Offline     []string      `conf:"no" placeholder:"IMAGE" help:"A qcow2 image of the stopped guest. Can be given several times; give all of them."`
-	AgentSocket string        `placeholder:"ADDR" help:"The guest agent's socket, to thaw the guest where a run has left it frozen."`
+	AgentSocket string        `conf:"no" placeholder:"ADDR" help:"The guest agent's socket, to thaw the guest where a run has left it frozen."`
 	FleeceDir   string        `placeholder:"DIR" help:"The folder for fleece images, where it is not the default."`
 	KeepDir     string        `placeholder:"DIR" help:"Where keep keeps bitmaps, if that is not its default."`
 	LockWait    time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for another run to end."`
 	Fix         bool          `conf:"no" help:"Put right what can be put right."`
 	BreakLock   string        `conf:"no" placeholder:"LOCK" help:"Take away this lock of a run that has certainly ended, on another host for one."`
-	JSON        bool          `name:"json" help:"Print one JSON document."`
+	JSON        bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 func (c *doctorCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, again cli.Again) error {
@@ -133,7 +133,7 @@ type cleanupCmd struct {
 	Name     string        `placeholder:"GUEST" help:"Also, or only, the bitmaps that keep has saved under this name, of all repositories. For a VM those of its VMID go in any case."`
 	KeepDir  string        `placeholder:"DIR" help:"Where keep keeps bitmaps, if that is not its default."`
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for a run to end."`
-	JSON     bool          `name:"json" help:"Print one JSON document."`
+	JSON     bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // cleaned is the output of cleanup --json.

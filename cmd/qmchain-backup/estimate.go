@@ -20,7 +20,7 @@ import (
 
 type estimateCmd struct {
 	runFlags `embed:""`
-	JSON     bool `name:"json" help:"Print one JSON document; of several guests one a line."`
+	JSON     bool `conf:"no" name:"json" help:"Print one JSON document; of several guests one a line."`
 }
 
 // Run shows the plan of each of the guests.

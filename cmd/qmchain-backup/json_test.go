@@ -22,6 +22,8 @@ func TestJSONPage(t *testing.T) {
 		"estimate, run: of several guests": plannedGuest{},
 		"list":                             []listing.Point{},
 		"prune":                            []prunedPoint{},
+		"remove":                           []prunedPoint{},
+		"protect, unprotect":               []protectedPoint{},
 		"info":                             backup.Info{},
 		"check":                            []checked{},
 		"doctor":                           []backup.Finding{},

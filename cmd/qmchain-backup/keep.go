@@ -23,7 +23,7 @@ type keepCmd struct {
 	oneFlags `embed:""`
 	Name     string        `placeholder:"GUEST" help:"The guest's name in its repositories. A VM's is its VMID, if nothing else is said."`
 	KeepDir  string        `placeholder:"DIR" help:"Where bitmaps are kept while the guest is stopped: local, and QEMU must be able to open files there. Default: /var/lib/qmchain/kept as root, else qmchain/kept in the user's cache folder."`
-	Limit    time.Duration `default:"10s" placeholder:"TIME" help:"How long the end of QEMU may be held up."`
+	Limit    time.Duration `positive:"" default:"10s" placeholder:"TIME" help:"How long the end of QEMU may be held up."`
 	Quit     bool          `conf:"no" help:"End QEMU when the bitmaps are saved, or can't be: for a QEMU with -no-shutdown that nobody else ends."`
 	Once     bool          `conf:"no" help:"End with the QEMU process, in place of waiting for the next."`
 	Save     bool          `conf:"no" help:"Only save, now: the guest has stopped."`

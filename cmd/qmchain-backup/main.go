@@ -34,7 +34,7 @@ type grammar struct {
 	Unprotect unprotectCmd    `cmd:"" help:"Take the protection from points."`
 	Keep      keepCmd         `cmd:"" help:"Stay beside a guest: carry the bitmaps of raw disks, and of disks with snapshots, over its stops."`
 	Info      infoCmd         `cmd:"" help:"Show a guest, its disks, and what tracks them."`
-	Check     checkCmd        `cmd:"" help:"For monitoring: fail where a guest's newest point is too old."`
+	Check     checkCmd        `cmd:"" help:"For monitoring: fail where a guest's newest point is too old, or damaged."`
 	Doctor    doctorCmd       `cmd:"" help:"Find what crashes have left, and put it right."`
 	Cleanup   cleanupCmd      `cmd:"" help:"Remove our bitmaps from a guest: a rollback to a snapshot needs that. The next run takes a full."`
 }
@@ -104,7 +104,7 @@ func explain(err error) error {
 		{Is: retain.ErrKept, Code: ui.ExitFailed, Hint: "unprotect takes the protection from a point; remove --force removes one from which increments go on"},
 		{Is: chain.ErrNoPoint, Code: ui.ExitNotFound, Hint: "`qmchain-backup list` shows what there is"},
 		{Is: syscall.ECONNREFUSED, Code: ui.ExitNotFound, Hint: "nobody listens there: is the guest running?"},
+		{Is: chain.ErrDamaged, Code: ui.ExitDamaged}, // also by what is missing
 		{Is: fs.ErrNotExist, Code: ui.ExitNotFound},
-		{Is: chain.ErrDamaged, Code: ui.ExitDamaged},
 	}))
 }

@@ -80,30 +80,28 @@ func (r *run) do(ctx context.Context) error {
 	if r.vm != nil {
 		r.afterVM(&err)
 	}
-	if endErr := observer.end(r.result, time.Since(r.began), err); err == nil {
-		err = endErr
-	}
+	told := observer.end(r.result, time.Since(r.began), err)
 	switch {
 	case err != nil:
 		return err
-	case r.result.Point == nil:
-		return nil // less has changed than the threshold
+	case r.result.Point == nil: // less has changed than the threshold
+		return ui.Exit(ui.ExitPartly, told)
 	case !r.cmd.JSON:
-		err = r.shown.result(func(w io.Writer) error {
+		told = r.shown.result(func(w io.Writer) error {
 			_, err := fmt.Fprintf(w, "%s/%s\n", cfg.Guest, r.result.Point.ID)
 			return err
 		})
 	}
 	good := fmt.Sprintf("point %s/%s is good", cfg.Guest, r.result.Point.ID)
 	switch {
-	case err != nil:
-		return err
 	case r.result.StillFrozen:
 		return fmt.Errorf("%s, but the guest may still be frozen: %w", good, backup.ErrNeedsDoctor)
 	case r.vm != nil && r.vm.LockLeft != nil:
 		return fmt.Errorf("%s, but the VM is still locked: %w: %w", good, backup.ErrNeedsDoctor, r.vm.LockLeft)
 	case len(r.result.Warnings) > 0:
 		return ui.Exit(ui.ExitPartly, fmt.Errorf("%s, but not all went as asked: %s", good, r.result.Warnings[0]))
+	case told != nil:
+		return ui.Exit(ui.ExitPartly, fmt.Errorf("%s, but can't be told: %w", good, told))
 	}
 	return nil
 }

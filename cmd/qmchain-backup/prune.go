@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,7 +70,14 @@ func (c *removing) sweep(ctx context.Context, u *ui.UI, g *repo.Guest, force boo
 	runs()
 	left, err := r.Sweep(ctx)
 	for _, l := range left {
+		if err != nil && strings.Contains(err.Error(), l.Why) {
+			continue // the error says it
+		}
 		u.Log.Infof("%s/%s is removed, but its space is not free yet: %s", g.Name, l.ID, l.Why)
+	}
+	if errors.Is(err, chain.ErrDamaged) {
+		err = fmt.Errorf("the space of points that are removed is not free yet, as damage is not merged into those that are kept: %w", err)
+		err = ui.Hint(err, "`qmchain-restore verify` names what is damaged; `qmchain-backup run --level full` begins a chain that needs none of it, and once the old one's points are removed too, all of their space is free")
 	}
 	return err
 }
@@ -98,6 +106,15 @@ type prunedPoint struct {
 	Bytes  int64     `json:"bytes"` // of its images
 	Keep   bool      `json:"keep"`
 	Reason string    `json:"reason"` // why it is kept
+}
+
+// prunedOf is a point that is removed.
+func prunedOf(guest string, m *chain.Manifest) prunedPoint {
+	p := prunedPoint{Guest: guest, ID: m.ID, Time: m.Time}
+	for _, d := range m.Disks {
+		p.Bytes += d.Bytes
+	}
+	return p
 }
 
 // Run goes on with the other guests where one fails, and fails at the end.
@@ -136,8 +153,12 @@ func (c *pruneCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 			failed = err
 		}
 	}
-	err = u.Result(c.JSON, pruned, func(w io.Writer) error { return printPruned(w, pruned) })
-	if err != nil || failed == nil {
+	tell := u.Done
+	if c.DryRun {
+		tell = u.Result
+	}
+	err = tell(c.JSON, pruned, func(w io.Writer) error { return printPruned(w, pruned) })
+	if failed == nil {
 		return err
 	}
 	if len(guests) > 1 {
@@ -157,10 +178,8 @@ func (c *pruneCmd) prune(ctx context.Context, u *ui.UI, r *repo.Repo, name strin
 	}
 	choose := func(points chain.Points) (remove []chain.ID, err error) {
 		for _, v := range policy.Apply(points) {
-			p := prunedPoint{Guest: name, ID: v.Point.ID, Time: v.Point.Time, Keep: v.Keep, Reason: v.Reason}
-			for _, d := range v.Point.Disks {
-				p.Bytes += d.Bytes
-			}
+			p := prunedOf(name, v.Point)
+			p.Keep, p.Reason = v.Keep, v.Reason
 			list = append(list, p)
 			if !v.Keep {
 				remove = append(remove, p.ID)
@@ -202,12 +221,14 @@ func printPruned(w io.Writer, points []prunedPoint) error {
 type removeCmd struct {
 	removing `embed:""`
 	Force    bool     `conf:"no" help:"Also points from which increments go on: the next run takes a full then. A run that is under way is waited for, as long as --lock-wait says."`
+	JSON     bool     `conf:"no" name:"json" help:"Print one JSON document: the points that are removed, as prune prints them."`
 	Point    []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
 }
 
 // Run removes all points or, where one can't be removed, none of that guest's.
 func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
-	return eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error {
+	removed := []prunedPoint{}
+	err := eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error {
 		// What is the latest now may not be it any more once the locks are there.
 		points, _, err := g.Points()
 		if err != nil {
@@ -217,44 +238,78 @@ func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		if err != nil {
 			return err
 		}
-		return c.sweep(ctx, u, g, c.Force, func(chain.Points) ([]chain.ID, error) { return ids, nil })
+		err = c.sweep(ctx, u, g, c.Force, func(chain.Points) ([]chain.ID, error) { return ids, nil })
+		left := chain.Points{}
+		if err != nil { // before they were removed, or after it
+			left, _, _ = g.Points()
+		}
+		for _, id := range ids {
+			if m := left.Find(id); m == nil || !slices.Contains(left.Kept(), m) {
+				removed = append(removed, prunedOf(g.Name, points.Find(id)))
+			}
+		}
+		return err
 	})
+	if !c.JSON || err != nil && len(removed) == 0 {
+		return err
+	}
+	return cmp.Or(err, u.Done(true, removed, nil))
 }
 
 type protectCmd struct {
 	Repo  string   `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
+	JSON  bool     `conf:"no" name:"json" help:"Print one JSON document: the points, and that they are protected, or not any more."`
 	Point []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
 }
 
-func (c *protectCmd) Run(ctx context.Context, _ *ui.UI, fsys durable.FS) error {
-	return c.set(ctx, fsys, true)
+// protectedPoint is one point in the output of protect --json and unprotect --json.
+type protectedPoint struct {
+	Guest     string   `json:"guest"`
+	ID        chain.ID `json:"id"`
+	Protected bool     `json:"protected"`
+}
+
+func (c *protectCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	return c.set(ctx, u, fsys, true)
 }
 
 type unprotectCmd struct {
 	protectCmd `embed:""`
 }
 
-func (c *unprotectCmd) Run(ctx context.Context, _ *ui.UI, fsys durable.FS) error {
-	return c.set(ctx, fsys, false)
+func (c *unprotectCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
+	return c.set(ctx, u, fsys, false)
 }
 
-func (c *protectCmd) set(ctx context.Context, fsys durable.FS, protected bool) error {
-	return eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error { return protect(ctx, g, names, protected) })
+func (c *protectCmd) set(ctx context.Context, u *ui.UI, fsys durable.FS, protected bool) error {
+	set := []protectedPoint{}
+	err := eachGuest(c.Repo, fsys, c.Point, func(g *repo.Guest, names []string) error {
+		ids, err := protect(ctx, g, names, protected)
+		for _, id := range ids {
+			set = append(set, protectedPoint{g.Name, id, protected})
+		}
+		return err
+	})
+	if !c.JSON || err != nil && len(set) == 0 {
+		return err
+	}
+	return cmp.Or(err, u.Done(true, set, nil))
 }
 
-func protect(ctx context.Context, g *repo.Guest, names []string, protected bool) error {
+// protect returns the points that are protected now, or not any more.
+func protect(ctx context.Context, g *repo.Guest, names []string, protected bool) (done []chain.ID, err error) {
 	lock, err := g.LockPrune(ctx, time.Minute)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer lock.Unlock()
 	points, _, err := g.Points()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	ids, err := resolve(points, g.Name, names)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, id := range ids {
 		err := g.Rewrite(repo.FolderOf(points.Find(id)), func(m *chain.Manifest) error {
@@ -262,10 +317,11 @@ func protect(ctx context.Context, g *repo.Guest, names []string, protected bool)
 			return nil
 		})
 		if err != nil {
-			return err
+			return done, err
 		}
+		done = append(done, id)
 	}
-	return nil
+	return done, nil
 }
 
 // eachGuest calls do for each guest of which the user has named points, with what the user called them.

@@ -52,7 +52,7 @@ type runCmd struct {
 
 	FleeceDir   string        `placeholder:"DIR" help:"Where to save what the guest overwrites while it is backed up: local, fast, with space for it. Default: /var/lib/qmchain/fleece as root, else qmchain/fleece in the user's cache folder."`
 	FleeceLimit string        `placeholder:"SIZE" help:"The most that one disk may take there; more fails the backup."`
-	CbwTimeout  time.Duration `name:"cbw-timeout" default:"15s" placeholder:"TIME" help:"How long a write of the guest may wait until what it overwrites is saved; longer fails the backup."`
+	CbwTimeout  time.Duration `positive:"" name:"cbw-timeout" default:"15s" placeholder:"TIME" help:"How long a write of the guest may wait until what it overwrites is saved; longer fails the backup."`
 	Bitmaps     string        `enum:"auto,persistent,memory" default:"auto" help:"Where tracking is kept: in the disk's qcow2 image, or in QEMU's memory (see keep). auto: in memory for raw disks and for those with internal snapshots, as a persistent bitmap keeps QEMU from going back to one."`
 	KeepDir     string        `placeholder:"DIR" help:"Where keep keeps bitmaps, if that is not its default."`
 	NoFleece    bool          `help:"Copy directly to the repository. A slow or failing repository then slows or fails the guest's own writes."`
@@ -66,7 +66,7 @@ type runCmd struct {
 
 	AgentSocket   string        `conf:"no" placeholder:"ADDR" help:"With --socket: the guest agent's socket, to freeze the guest's file systems for the instant of the point. In Windows guests this asks the VSS writers for a backup, which can make databases cut their logs. A VM's own option agent says whether it is frozen."`
 	FreezeFs      []string      `placeholder:"PATH" help:"With --agent-socket: freeze only the file system that the guest has mounted there. Can be given several times."`
-	FreezeTimeout time.Duration `default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
+	FreezeTimeout time.Duration `positive:"" default:"30s" placeholder:"TIME" help:"How long freezing may take; then the point is taken without it."`
 	NoFreeze      bool          `help:"Don't freeze file systems, whatever the VM's option agent says."`
 	Pause         bool          `help:"Pause the guest for the instant of the point."`
 

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"qmchain/chain"
@@ -23,12 +24,12 @@ import (
 // volumeFlags say which files of a point are meant, and who reads them.
 type volumeFlags struct {
 	Repo    string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	Disk    string        `placeholder:"D" help:"The disk. Default: all of them, with what the guest's fstab says is where."`
-	Part    string        `xor:"volume" placeholder:"N" help:"The partition, by its number."`
-	LV      string        `name:"lv" xor:"volume" placeholder:"VG/LV" help:"The logical volume of LVM."`
+	Disk    string        `conf:"no" placeholder:"D" help:"The disk. Default: all of them, with what the guest's fstab says is where."`
+	Part    string        `conf:"no" xor:"volume" placeholder:"N" help:"The partition, by its number."`
+	LV      string        `conf:"no" name:"lv" xor:"volume" placeholder:"VG/LV" help:"The logical volume of LVM."`
 	Journal string        `default:"replay" enum:"replay,skip" help:"What becomes of changes that are only in the file system's journal, as in each backup of a guest that was not frozen: replay, on something that is thrown away; or skip."`
-	Kernel  bool          `help:"Let this host's kernel read the file system, through a loop device. Fast, and needs no libguestfs; but the kernel is not made for disks that somebody has tampered with, and a guest could take over the host. Where udev runs, it also gives the loop device links in /dev/disk/by-uuid and by-label that the guest has chosen. Only for guests that you trust."`
-	Timeout time.Duration `default:"5m" placeholder:"TIME" help:"Give up if nothing happens for so long."`
+	Kernel  bool          `conf:"no" help:"Let this host's kernel read the file system, through a loop device. Fast, and needs no libguestfs; but the kernel is not made for disks that somebody has tampered with, and a guest could take over the host. Where udev runs, it also gives the loop device links in /dev/disk/by-uuid and by-label that the guest has chosen. Only for guests that you trust."`
+	Timeout time.Duration `positive:"" default:"5m" placeholder:"TIME" help:"Give up if nothing happens for so long."`
 }
 
 // errTimeout is the cause of an end for lack of progress.
@@ -44,6 +45,7 @@ func explainFiles(err error) error {
 		{Is: inside.ErrNoFiles, Code: ui.ExitFailed},
 		{Is: inside.ErrBusy, Code: ui.ExitBusy, Hint: "`fuser -vm MNT` shows by whom; --lazy detaches it all the same"},
 		{Is: inside.ErrNotFile, Code: ui.ExitFailed, Hint: "cp -r copies folders"},
+		{Is: syscall.EISDIR, Code: ui.ExitFailed, Hint: "cp -r copies folders, with all that is in them"},
 		{Is: errTimeout, Code: ui.ExitFailed, Hint: "--timeout gives it more time; without KVM an appliance is slow"},
 		{Is: chain.ErrNoPoint, Code: ui.ExitNotFound, Hint: "`qmchain-restore list` shows what there is"},
 		{Is: fs.ErrExist, Code: ui.ExitFailed, Hint: "nothing that is there is replaced"},

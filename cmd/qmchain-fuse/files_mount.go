@@ -30,7 +30,7 @@ import (
 // have such a child, too.
 type filesCmd struct {
 	volumeFlags `embed:""`
-	Foreground  bool   `short:"f" help:"Stay in the foreground, until the files are unmounted or a signal comes."`
+	Foreground  bool   `conf:"no" short:"f" help:"Stay in the foreground, until the files are unmounted or a signal comes."`
 	AllowOther  bool   `help:"Let other users in, as far as the modes of the guest's files do. With --kernel they can't be kept out of the mount itself: without this it must be below a folder of yours that is closed to all others, as /root is. A user of the guest counts as the user of this host with the same number."`
 	ReadyFD     int    `hidden:""`
 	Work        string `hidden:""` // of a worker and a volume's server: the folder for temporary files

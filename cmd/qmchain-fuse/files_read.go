@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -25,7 +27,7 @@ import (
 type lsCmd struct {
 	volumeFlags `embed:""`
 	Long        bool `short:"l" help:"With modes, owners (as numbers), sizes and times."`
-	JSON        bool `name:"json" help:"Print one JSON document."`
+	JSON        bool `conf:"no" name:"json" help:"Print one JSON document."`
 	Path        ref  `arg:"" complete:"file-in" help:"What to list: POINT:/PATH; or POINT alone: its partitions and volumes, for which no appliance is started."`
 }
 
@@ -100,12 +102,12 @@ func (c *lsCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 	return explainFiles(c.view(ctx, u, common, []string{string(c.Path)}, func(ctx context.Context, view *inside.View, t *timer, _ []string) error {
 		list, err := inside.List(ctx, view.Root(), name, t.progress)
 		if err != nil {
-			return err
+			return inGuest(err, point, name)
 		}
 		t.Stop() // who reads the result may take his time
 		out := []entryJSON{}
 		for _, e := range list {
-			j := entryJSON{Name: e.Name, Mode: e.Mode.String(), UID: e.UID, GID: e.GID, Size: e.Size, Time: e.Time.UTC(), Target: e.Target}
+			j := entryJSON{Name: e.Name, Mode: modeText(e.Mode), UID: e.UID, GID: e.GID, Size: e.Size, Time: e.Time.UTC(), Target: e.Target}
 			if !utf8.ValidString(e.Name) {
 				j.NameBytes = []byte(e.Name)
 			}
@@ -119,7 +121,7 @@ func (c *lsCmd) print(w io.Writer, list []inside.Entry) error {
 	for _, e := range list {
 		line := quoted(e.Name)
 		if c.Long {
-			line = fmt.Sprintf("%s\t%d\t%d\t%d\t%s\t%s", e.Mode, e.UID, e.GID, e.Size, e.Time.UTC().Format(time.DateTime), line)
+			line = fmt.Sprintf("%s\t%d\t%d\t%d\t%s\t%s", modeText(e.Mode), e.UID, e.GID, e.Size, e.Time.UTC().Format(time.DateTime), line)
 			if e.Target != "" {
 				line += " -> " + quoted(e.Target)
 			}
@@ -129,6 +131,42 @@ func (c *lsCmd) print(w io.Writer, list []inside.Entry) error {
 		}
 	}
 	return nil
+}
+
+// modeText is a mode as ls(1) shows it, which has other letters than Go.
+func modeText(m fs.FileMode) string {
+	letter := byte('-')
+	switch {
+	case m&fs.ModeDir != 0:
+		letter = 'd'
+	case m&fs.ModeSymlink != 0:
+		letter = 'l'
+	case m&fs.ModeNamedPipe != 0:
+		letter = 'p'
+	case m&fs.ModeSocket != 0:
+		letter = 's'
+	case m&fs.ModeCharDevice != 0:
+		letter = 'c'
+	case m&fs.ModeDevice != 0:
+		letter = 'b'
+	}
+	text := []byte(m.Perm().String())
+	text[0] = letter
+	for _, special := range []struct {
+		bit   fs.FileMode
+		at    int
+		both  byte // with the right to execute
+		alone byte
+	}{{fs.ModeSetuid, 3, 's', 'S'}, {fs.ModeSetgid, 6, 's', 'S'}, {fs.ModeSticky, 9, 't', 'T'}} {
+		switch {
+		case m&special.bit == 0:
+		case text[special.at] == 'x':
+			text[special.at] = special.both
+		default:
+			text[special.at] = special.alone
+		}
+	}
+	return string(text)
 }
 
 // quoted is a name as a terminal can show it: names are the guest's, and can hold line feeds and control sequences.
@@ -159,16 +197,24 @@ func (c *catCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 		for _, name := range names {
 			f, err := inside.OpenFile(view.Root(), name)
 			if err != nil {
-				return err
+				point, _, _ := strings.Cut(c.Path[0], ":")
+				return inGuest(err, point, name)
 			}
 			err = copyOut(ctx, os.Stdout, f, t)
-			if err := errors.Join(err, f.Close()); err != nil {
+			_ = f.Close() // nothing was written
+			if errors.Is(err, errNoReader) {
+				return nil
+			}
+			if err != nil {
 				return err
 			}
 		}
 		return nil
 	}))
 }
+
+// errNoReader is returned when nobody reads standard output any more.
+var errNoReader = errors.New("who reads standard output has ended")
 
 // copyOut copies a file. Who reads may take his time.
 func copyOut(ctx context.Context, w io.Writer, f *os.File, t *timer) error {
@@ -180,7 +226,7 @@ func copyOut(ctx context.Context, w io.Writer, f *os.File, t *timer) error {
 		n, err := f.Read(buf)
 		t.Stop()
 		if _, err := w.Write(buf[:n]); err != nil {
-			return err
+			return cmp.Or(ui.Shown(err), errNoReader)
 		}
 		t.progress()
 		if errors.Is(err, io.EOF) {
@@ -221,7 +267,8 @@ func (c *cpCmd) Run(ctx context.Context, u *ui.UI, common *cli.Common) error {
 				target = filepath.Join(to, base)
 			}
 			if err := copier.Copy(ctx, name, target); err != nil {
-				return err
+				point, _, _ := strings.Cut(from[0], ":")
+				return inGuest(err, point, path.Clean(name))
 			}
 		}
 		return nil
@@ -264,6 +311,15 @@ func (f *volumeFlags) view(ctx context.Context, u *ui.UI, common *cli.Common, re
 	t.progress()
 	if err = do(ctx, view, t, names); err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	return err
+}
+
+// inGuest names the file that an error is about as the user has: with the point, as it is none of this host's.
+func inGuest(err error, point, name string) error {
+	var failed *os.PathError
+	if errors.As(err, &failed) && (failed.Path == name || failed.Path == strings.TrimPrefix(name, "/")) {
+		failed.Path = point + ":" + name
 	}
 	return err
 }

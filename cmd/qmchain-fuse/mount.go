@@ -25,12 +25,12 @@ import (
 )
 
 type mountCmd struct {
-	Foreground  bool     `short:"f" help:"Stay in the foreground, until the mount is unmounted or a signal comes. Tells systemd when it is ready (Type=notify)."`
+	Foreground  bool     `conf:"no" short:"f" help:"Stay in the foreground, until the mount is unmounted or a signal comes. Tells systemd when it is ready (Type=notify)."`
 	Options     []string `short:"o" placeholder:"OPT" help:"allow_other: let other users in, as far as the modes of its files do; uid=N, gid=N: show all as owned by them, with the rights that the repository's owner and group have; umask=NNN: show modes of 0555 (folders) and 0444 (files) less these bits, whatever the repository's are; metrics_file=FILE: as --metrics-file; debug: with -v, log every request. Options of mount(8) and fstab that make no difference here are accepted."`
 	MetricsFile string   `placeholder:"FILE" help:"Write counters to FILE every 15 seconds, in the text format of Prometheus (for node_exporter: NAME.prom in its textfile directory). They are also in MNT/.stats."`
-	ReadyFD     int      `hidden:""`
-	Sloppy      bool     `hidden:""` // of mount(8), as the next one
-	Fake        bool     `hidden:""`
+	ReadyFD     int      `conf:"no" hidden:""`
+	Sloppy      bool     `conf:"no" hidden:""` // of mount(8), as the next one
+	Fake        bool     `conf:"no" hidden:""`
 	Repo        string   `arg:"" help:"The repository, a directory with backups of qmpbackup or virtnbdbackup, or a folder with several of these."`
 	Mnt         string   `arg:"" help:"The folder to mount it on."`
 }

@@ -89,7 +89,7 @@ func main() {
 	cli.MainOf(func(ctx context.Context, args []string, env cli.Env) int {
 		s, err := local()
 		if err != nil {
-			return ui.ReportError(env.Stderr, err)
+			return ui.ReportError(env.Stderr, env.Getenv, err)
 		}
 		return run(ctx, s, args, env)
 	})

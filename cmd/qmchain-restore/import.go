@@ -17,10 +17,10 @@ import (
 
 type importCmd struct {
 	Repo     string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. It is made in an empty folder."`
-	Name     string        `placeholder:"GUEST" help:"The guest's name in the repository; else that in the set."`
+	Name     string        `conf:"no" placeholder:"GUEST" help:"The guest's name in the repository; else that in the set."`
 	Verify   bool          `help:"Compare every byte of each imported disk with the set's."`
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for those who make or remove points of the guest."`
-	JSON     bool          `name:"json" help:"Print one JSON document."`
+	JSON     bool          `conf:"no" name:"json" help:"Print one JSON document."`
 	Set      string        `arg:"" placeholder:"FOREIGN-DIR" help:"The directory that qmpbackup or virtnbdbackup wrote its backups to."`
 	Point    []string      `arg:"" optional:"" complete:"none" help:"Only these points, by id, or the beginning of one."`
 }
@@ -70,7 +70,7 @@ func (c *importCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 			good++
 		}
 	}
-	printErr := u.Result(c.JSON, points, func(w io.Writer) error {
+	printErr := u.Done(c.JSON, points, func(w io.Writer) error {
 		for _, p := range points {
 			if p.There || p.Skipped {
 				continue

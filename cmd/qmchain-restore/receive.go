@@ -16,10 +16,10 @@ import (
 
 type receiveCmd struct {
 	Repo     string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository. It is made in an empty folder."`
-	List     bool          `help:"Receive nothing; print what is there, for send --have."`
-	Adopt    bool          `help:"Let points of another guest, as its UUID tells, come to those of the guest that has their name here."`
+	List     bool          `conf:"no" help:"Receive nothing; print what is there, for send --have."`
+	Adopt    bool          `conf:"no" help:"Let points of another guest, as its UUID tells, come to those of the guest that has their name here."`
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for those who make or remove points of the guest."`
-	JSON     bool          `name:"json" help:"Print one JSON document."`
+	JSON     bool          `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // receivedPoint is one point in the output of receive --json.
@@ -58,7 +58,7 @@ func (c *receiveCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, p pipes
 			fresh++
 		}
 	}
-	printErr := u.Result(c.JSON, points, func(w io.Writer) error {
+	printErr := u.Done(c.JSON, points, func(w io.Writer) error {
 		for _, p := range points {
 			if p.There || p.Base {
 				continue
@@ -99,8 +99,8 @@ func (c *receiveCmd) list(u *ui.UI, fsys durable.FS, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := have.Write(w); err != nil {
-		return fmt.Errorf("standard output: %w", err)
+	if err := ui.Shown(have.Write(w)); err != nil {
+		return err
 	}
 	for _, p := range problems {
 		u.Log.Warnf("point left out: %v", p.Err)

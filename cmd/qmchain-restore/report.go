@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -23,14 +24,18 @@ import (
 
 type reportCmd struct {
 	Repo   string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	HTML   string        `name:"html" placeholder:"FILE" help:"Write the report as a page to FILE, in one step; - is standard output. A new file can be read by its owner alone; one that is there keeps its mode."`
-	MaxAge time.Duration `default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
-	JSON   bool          `name:"json" help:"Print one JSON document."`
+	HTML   string        `conf:"no" name:"html" placeholder:"FILE" help:"Write the report as a page to FILE, in one step; - is standard output. A new file can be read by its owner alone; one that is there keeps its mode."`
+	MaxAge time.Duration `positive:"" default:"26h" placeholder:"TIME" help:"How old a guest's newest point may be."`
+	JSON   bool          `conf:"no" name:"json" help:"Print one JSON document."`
 	Guest  []string      `arg:"" optional:"" help:"Only these guests."`
 }
 
-// Run fails with exit code 5 where points are known not to be whole, and 1 where something could not be looked at; what there is
-// to report is reported all the same.
+// Help is what "report --help" says in addition.
+func (*reportCmd) Help() string {
+	return `The exit code is 5 where points are known not to be whole; 1 where they are, and a guest's state is bad all the same, as its newest point is too old or its last drill failed, or where something could not be read; else 0, also with warnings.`
+}
+
+// Run fails as Help says; what there is to report is reported all the same.
 func (c *reportCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, std pipes) error {
 	switch {
 	case c.MaxAge <= 0:
@@ -56,8 +61,8 @@ func (c *reportCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, std pipe
 	switch c.HTML {
 	case "":
 	case "-":
-		if err := r.Page(std.out); err != nil {
-			return fmt.Errorf("standard output: %w", err)
+		if err := ui.Shown(r.Page(std.out)); err != nil {
+			return err
 		}
 		return verdictOf(r)
 	default:
@@ -94,7 +99,7 @@ func writePage(fsys durable.FS, path string, r *report.Report) error {
 	return fsys.WriteFile(path, page.Bytes(), mode)
 }
 
-// verdictOf is the error that tells of damage, and of what could not be looked at.
+// verdictOf is the error that tells of damage, of what could not be looked at, and of guests that are in a bad way otherwise.
 func verdictOf(r *report.Report) error {
 	bad, all := 0, 0
 	for _, g := range r.Guests {
@@ -112,9 +117,32 @@ func verdictOf(r *report.Report) error {
 	case bad == 0 && slices.ContainsFunc(r.Guests, func(g *report.Guest) bool { return g.Unreadable }):
 		return errors.New("not everything could be read")
 	case bad == 0:
-		return nil
+		return inBadWay(r)
 	}
 	return fmt.Errorf("%d of %s not known to be whole: %w", bad, count(all, "point"), chain.ErrDamaged)
+}
+
+// inBadWay is the error that names guests whose state is bad though their points are whole.
+func inBadWay(r *report.Report) error {
+	var names []string
+	why := ""
+	for _, g := range r.Guests {
+		if g.State != report.Bad {
+			continue
+		}
+		names = append(names, g.Name)
+		i := slices.IndexFunc(g.Remarks, func(remark report.Remark) bool { return remark.State == report.Bad })
+		if i >= 0 && why == "" {
+			why = ": " + g.Remarks[i].Text
+		}
+	}
+	switch len(names) {
+	case 0:
+		return nil
+	case 1:
+		return fmt.Errorf("guest %s is in a bad way%s", names[0], why)
+	}
+	return fmt.Errorf("%d of %s are in a bad way: %s", len(names), count(len(r.Guests), "guest"), strings.Join(names, ", "))
 }
 
 func printReport(w io.Writer, r *report.Report) error {

@@ -34,8 +34,8 @@ func isTerminal(stream any) bool {
 
 type sendCmd struct {
 	Repo     string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository."`
-	All      []string      `placeholder:"GUEST" help:"Send all points of this guest. Can be given several times."`
-	Have     string        `placeholder:"FILE" help:"Leave out what is in this list, which receive --list prints; - is standard input."`
+	All      []string      `conf:"no" placeholder:"GUEST" help:"Send all points of this guest. Can be given several times."`
+	Have     string        `conf:"no" placeholder:"FILE" help:"Leave out what is in this list, which receive --list prints; - is standard input."`
 	LockWait time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for one who merges what is needed."`
 	Point    []string      `arg:"" optional:"" help:"Points, each of which comes with all that it is read from."`
 }

@@ -20,14 +20,14 @@ import (
 // standardFlags are those of the commands that make standard chains.
 type standardFlags struct {
 	Repo      string        `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	Disk      []string      `placeholder:"D" help:"Only this disk. Can be given several times."`
-	Until     string        `placeholder:"POINT" complete:"id" help:"The point up to which. Default: the newest, copies aside."`
-	Output    string        `short:"o" xor:"where" placeholder:"DIR" help:"Write to this folder, which must be empty or is made."`
-	InPlace   bool          `xor:"where" help:"Change the backups of qmpbackup themselves."`
+	Disk      []string      `conf:"no" placeholder:"D" help:"Only this disk. Can be given several times."`
+	Until     string        `conf:"no" placeholder:"POINT" complete:"id" help:"The point up to which. Default: the newest, copies aside."`
+	Output    string        `conf:"no" short:"o" xor:"where" placeholder:"DIR" help:"Write to this folder, which must be empty or is made."`
+	InPlace   bool          `conf:"no" xor:"where" help:"Change the backups of qmpbackup themselves."`
 	RateLimit string        `placeholder:"SIZE" help:"Read, or merge, at most so many bytes per second, such as 50MiB."`
 	LockWait  time.Duration `default:"10s" placeholder:"TIME" help:"How long to wait for who removes points of the guest."`
-	DryRun    bool          `short:"n" help:"Print what would be done, and do nothing."`
-	JSON      bool          `name:"json" help:"Print one JSON document."`
+	DryRun    bool          `conf:"no" short:"n" help:"Print what would be done, and do nothing."`
+	JSON      bool          `conf:"no" name:"json" help:"Print one JSON document."`
 	Guest     string        `arg:"" help:"The guest."`
 }
 
@@ -104,7 +104,11 @@ func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, comm
 			return err
 		}
 	}
-	err = u.Result(c.JSON, standardPlan{&job.Plan, c.DryRun}, func(w io.Writer) error { return printStandard(w, &job.Plan, c.DryRun) })
+	tell := u.Done
+	if c.DryRun {
+		tell = u.Result
+	}
+	err = tell(c.JSON, standardPlan{&job.Plan, c.DryRun}, func(w io.Writer) error { return printStandard(w, &job.Plan, c.DryRun) })
 	if err == nil && !c.DryRun && len(job.Plan.Doubts) > 0 {
 		return ui.Exit(ui.ExitPartly, errors.New("this may not be what the guest had: see the warnings"))
 	}

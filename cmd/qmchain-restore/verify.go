@@ -22,7 +22,7 @@ type verifyCmd struct {
 	Repo string   `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
 	Deep bool     `help:"Also read the disks, as a restore would."`
 	Jobs int      `default:"0" placeholder:"N" help:"How many pieces to read at a time. 0: what fits the machine."`
-	JSON bool     `name:"json" help:"Print one JSON document."`
+	JSON bool     `conf:"no" name:"json" help:"Print one JSON document."`
 	What []string `arg:"" optional:"" name:"guest|point" help:"Only these guests and points, with all that they need. A point is GUEST/latest, GUEST/ID, or GUEST/ and the beginning of an id."`
 }
 
@@ -60,6 +60,9 @@ func (c *verifyCmd) Run(ctx context.Context, u *ui.UI) error {
 	failed := c.verify(ctx, u, check, guests, &out)
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if failed != nil {
+		out.State = verify.Worse(out.State, verify.Unknown) // of what is not in the document nothing good is known
 	}
 	err = u.Result(c.JSON, out, func(w io.Writer) error {
 		for _, g := range out.Guests {
@@ -173,7 +176,7 @@ func (v *verified) verdict(failed error) error {
 	case v.State == verify.Damaged:
 		err := fmt.Errorf("%d of %d points are not whole: %w", bad, all, chain.ErrDamaged)
 		if v.Kind == source.Qmchain {
-			err = ui.Hint(err, "`qmchain-backup run --level full` begins a chain that needs nothing of what is damaged")
+			err = ui.Hint(err, "nothing more is built on it: the next run takes a full of the disks whose chain it is. Where there is another copy of the file, put it in its place, and verify again")
 		}
 		return ui.Exit(ui.ExitDamaged, err)
 	case failed != nil:

@@ -74,6 +74,10 @@ func (f FS) write(path string, data []byte, perm fs.FileMode, rename func(from, 
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), temporary+filepath.Base(path)+"-*")
 	if err != nil {
+		var failed *fs.PathError
+		if errors.As(err, &failed) {
+			failed.Path = path // the temporary name says nothing to who gave this one
+		}
 		return err
 	}
 	defer func() {

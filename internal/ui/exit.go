@@ -10,7 +10,7 @@ import (
 // The exit codes of all programs.
 const (
 	ExitOK          = 0   // done as asked
-	ExitFailed      = 1   // failed; nothing was changed, or all of it undone
+	ExitFailed      = 1   // failed, or what was looked at is not as it should be
 	ExitNotFound    = 2   // what was asked for does not exist
 	ExitBusy        = 3   // busy or locked
 	ExitPartly      = 4   // done, but not quite what was asked
@@ -29,7 +29,7 @@ func ExitCodes() string {
 		text string
 	}{
 		{ExitOK, "done as asked"},
-		{ExitFailed, "failed; nothing was changed, or all of it undone"},
+		{ExitFailed, "failed, or found not good; undone, or the error tells what was done"},
 		{ExitNotFound, "what was asked for does not exist"},
 		{ExitBusy, "busy or locked"},
 		{ExitPartly, "done, but not quite what was asked (an unplanned full, a skipped disk)"},

@@ -76,6 +76,36 @@ func plainFormat(timestamp bool) logrus.Formatter {
 	}
 }
 
+// journalFormat is for the journal, which adds the time, and takes a line's level from its beginning: sd-daemon(3). Without that
+// all is of one level, and `journalctl -p err` finds nothing.
+type journalFormat struct{ plain logrus.Formatter }
+
+func (j journalFormat) Format(e *logrus.Entry) ([]byte, error) {
+	text, err := j.plain.Format(e)
+	if err != nil {
+		return nil, err
+	}
+	return []byte(atLevel(e.Level, string(text))), nil
+}
+
+// atLevel is a text of one or more lines for the journal.
+func atLevel(level logrus.Level, text string) string {
+	prefix := "<3>" // LOG_ERR of syslog(3)
+	switch level {
+	case logrus.WarnLevel:
+		prefix = "<4>"
+	case logrus.InfoLevel:
+		prefix = "<6>"
+	case logrus.DebugLevel, logrus.TraceLevel:
+		prefix = "<7>"
+	}
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		b.WriteString(prefix + line)
+	}
+	return b.String()
+}
+
 // textFormat is for people at a terminal.
 type textFormat struct{ colour bool }
 

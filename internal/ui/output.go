@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"unicode/utf8"
 
@@ -19,15 +21,27 @@ import (
 // separates by tabs are lined up.
 func (u *UI) Result(asJSON bool, v any, text func(w io.Writer) error) error {
 	if asJSON {
-		if err := buffered(u.stdout, func(w io.Writer) error { return document(w, v) }); err != nil {
-			return fmt.Errorf("standard output: %w", err)
-		}
-		return nil
+		return Shown(buffered(u.stdout, func(w io.Writer) error { return document(w, v) }))
 	}
-	if err := buffered(u.stdout, func(w io.Writer) error { return table(w, u.Width(), text) }); err != nil {
-		return fmt.Errorf("standard output: %w", err)
+	return Shown(buffered(u.stdout, func(w io.Writer) error { return table(w, u.Width(), text) }))
+}
+
+// Done is Result for a command that has changed something. Where the result can't be written the error has the code ExitPartly:
+// what was asked for is done.
+func (u *UI) Done(asJSON bool, v any, text func(w io.Writer) error) error {
+	if err := u.Result(asJSON, v, text); err != nil {
+		return Exit(ExitPartly, fmt.Errorf("all is done, but can't be told: %w", err))
 	}
 	return nil
+}
+
+// Shown is the error of writing to standard output. That who reads it has ended is none, as with `list | head`: he has seen what
+// he wanted, and how it went is for the exit code to say.
+func Shown(err error) error {
+	if err == nil || errors.Is(err, syscall.EPIPE) {
+		return nil
+	}
+	return fmt.Errorf("standard output: %w", err)
 }
 
 // table lines up columns. On a terminal, which has a width, the last of them goes on below itself where it is too wide: whole
@@ -140,10 +154,7 @@ func (u *UI) Unicode() bool {
 func (u *UI) Event(v any) error {
 	enc := json.NewEncoder(u.stdout)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		return fmt.Errorf("standard output: %w", err)
-	}
-	return nil
+	return Shown(enc.Encode(v))
 }
 
 // plain passes text on without what would have power over a terminal: notes and names can come from a guest or from

@@ -2,8 +2,8 @@
 //
 // Standard output carries the result alone, as text or as JSON. Everything else goes to standard error: the log, the
 // progress, and the error that ends a run with its hint, one line that says what to do next. On a terminal that is text
-// for people, coloured where NO_COLOR does not forbid it. Elsewhere every log line is key=value, with the time unless
-// the journal adds its own. A log file gets the same lines, and more of them than a quiet standard error.
+// for people, coloured where NO_COLOR does not forbid it. Elsewhere every log line is key=value, with the time; for
+// the journal, which has its own, with the level. A log file gets the same lines, and more of them than a quiet standard error.
 //
 // The exit codes of all programs stand here in one table. An error carries its code (Exit) and its hint (Hint) up to
 // the program's main, the only place that ends the process.
@@ -55,8 +55,11 @@ func New(stdout, stderr io.Writer, getenv func(string) string, opts Options) (*U
 	if opts.Quiet {
 		screenLevel = logrus.ErrorLevel
 	}
-	format := plainFormat(!writesToJournal(stderr, getenv("JOURNAL_STREAM")))
-	if u.terminal != nil {
+	format := plainFormat(true)
+	switch {
+	case writesToJournal(stderr, getenv("JOURNAL_STREAM")):
+		format = journalFormat{plainFormat(false)}
+	case u.terminal != nil:
 		format = textFormat{colour: getenv("NO_COLOR") == "" && getenv("TERM") != "dumb"}
 	}
 
@@ -102,24 +105,32 @@ func (u *UI) Finish(err error) int {
 	return ExitCode(err)
 }
 
-// Error logs an error with its hint: one that ends the run, or after which it goes on.
+// Error logs an error with its hint: one that ends the run, or after which it goes on. One with the code ExitPartly is a warning,
+// as what was asked for is done; but who is not shown warnings is to know the reason for such a code all the same.
 func (u *UI) Error(err error) {
+	level := logrus.ErrorLevel
+	if ExitCode(err) == ExitPartly && !u.quiet {
+		level = logrus.WarnLevel
+	}
 	entry := logrus.NewEntry(u.Log)
 	if hint := HintOf(err); hint != "" {
 		entry = entry.WithField(hintKey, hint)
 	}
-	entry.Error(err)
+	entry.Log(level, err)
 }
 
 // ReportError does what Finish does where there is no UI yet: when its own set-up failed, or the command line was
 // wrong.
-func ReportError(stderr io.Writer, err error) int {
+func ReportError(stderr io.Writer, getenv func(string) string, err error) int {
 	if err == nil {
 		return ExitOK
 	}
 	text := "error: " + printable(err.Error()) + "\n"
 	if hint := HintOf(err); hint != "" {
 		text += "hint: " + printable(hint) + "\n"
+	}
+	if writesToJournal(stderr, getenv("JOURNAL_STREAM")) {
+		text = atLevel(logrus.ErrorLevel, text)
 	}
 	_, _ = io.WriteString(stderr, text)
 	return ExitCode(err)

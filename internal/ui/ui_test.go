@@ -199,8 +199,36 @@ func TestLogFormats(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !strings.HasPrefix(string(text), "level=info msg=begin guest=110\n") {
-			t.Errorf("%q", text)
+		want := "<6>level=info msg=begin guest=110\n<4>level=warning msg=\"odd\\a name\" name=\"a b\\x1b[31m\"\n<3>level=error msg=locked hint=wait\n"
+		if string(text) != want {
+			t.Errorf("%q, want %q", text, want)
+		}
+		// Before there is a UI an error has more than one line.
+		if err := f.Truncate(0); err != nil {
+			t.Fatal(err)
+		}
+		if code := ReportError(f, getenv(fmt.Sprintf("JOURNAL_STREAM=%d:%d", st.Dev, st.Ino)), Hint(errors.New("wrong\nin two lines"), "help")); code != ExitFailed {
+			t.Errorf("code %d", code)
+		}
+		if text, err = os.ReadFile(path); err != nil || strings.TrimLeft(string(text), "\x00") != "<3>error: wrong\n<3>in two lines\n<3>hint: help\n" {
+			t.Errorf("%q, %v", text, err)
+		}
+	})
+
+	t.Run("debug in the journal", func(t *testing.T) {
+		text, err := journalFormat{plainFormat(false)}.Format(&logrus.Entry{Level: logrus.DebugLevel, Message: "a\nb"})
+		if err != nil || string(text) != "<7>level=debug msg=\"a\\nb\"\n" {
+			t.Errorf("%q, %v", text, err)
+		}
+	})
+
+	// What is done is done; but the reason for the exit code is always told.
+	t.Run("partly", func(t *testing.T) {
+		for quiet, want := range map[bool]string{false: "level=warning msg=odd\n", true: "level=error msg=odd\n"} {
+			var b bytes.Buffer
+			if code := newUI(t, io.Discard, &b, getenv(), Options{Quiet: quiet}).Finish(Exit(ExitPartly, errors.New("odd"))); code != ExitPartly || !strings.HasSuffix(b.String(), want) {
+				t.Errorf("quiet %t: code %d, %q", quiet, code, b.String())
+			}
 		}
 	})
 }
@@ -259,7 +287,7 @@ func TestSyslog(t *testing.T) {
 		{"<28>", "level=warning msg=odd guest=110"},
 		{"<27>", "level=error msg=failed hint=wait"},
 	} {
-		if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 1024)
@@ -283,7 +311,7 @@ func TestReportedIsNotSaidAgain(t *testing.T) {
 	if code := u.Finish(nil); code != ExitOK || b.Len() > 0 {
 		t.Errorf("code %d, %q", code, &b)
 	}
-	if code := ReportError(&b, Exit(ExitUsage, Hint(errors.New("no\x1bsuch flag"), "--help"))); code != ExitUsage {
+	if code := ReportError(&b, getenv(), Exit(ExitUsage, Hint(errors.New("no\x1bsuch flag"), "--help"))); code != ExitUsage {
 		t.Errorf("code %d", code)
 	}
 	if got, want := b.String(), "error: no\uFFFDsuch flag\nhint: --help\n"; got != want {
@@ -313,6 +341,20 @@ func TestResult(t *testing.T) {
 			t.Errorf("full disk: %v", err)
 		}
 	}
+	if err := full.Done(true, v, text); !errors.Is(err, unix.ENOSPC) || ExitCode(err) != ExitPartly {
+		t.Errorf("full disk: %v, exit code %d", err, ExitCode(err))
+	}
+	// Who reads has seen enough.
+	left := newUI(t, noReader{}, io.Discard, getenv(), Options{})
+	if err := errors.Join(left.Result(true, v, text), left.Result(false, v, text), left.Event(v), left.Done(false, v, text)); err != nil {
+		t.Errorf("a pipe that is closed: %v", err)
+	}
+}
+
+type noReader struct{}
+
+func (noReader) Write([]byte) (int, error) {
+	return 0, &os.PathError{Op: "write", Path: "/dev/stdout", Err: unix.EPIPE}
 }
 
 type failing struct{}
@@ -358,7 +400,9 @@ func TestProgressLines(t *testing.T) {
 	scsi0, scsi1 := p.Bar("scsi0", 1<<30), p.Bar("scsi1", 0)
 	scsi0.Set(1<<29, 1<<30)
 	scsi1.Set(1<<20, 1<<20)
-	time.Sleep(150 * time.Millisecond)
+	for deadline := time.Now().Add(time.Minute); strings.Count(b.String(), "disk=scsi0") < 2 && time.Now().Before(deadline); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	p.Done()
 	said := b.String()
 	if n := strings.Count(said, `msg="copied 512 MiB of 1.0 GiB`); n < 2 {

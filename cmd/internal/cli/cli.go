@@ -22,7 +22,7 @@ var Version = "devel"
 
 // Common are the flags of all programs.
 type Common struct {
-	Quiet   bool             `short:"q" help:"Print only errors."`
+	Quiet   bool             `short:"q" help:"No log but errors; results are printed."`
 	Verbose bool             `short:"v" help:"Print what is done in detail."`
 	LogFile string           `placeholder:"FILE" help:"Write the log to FILE too."`
 	Version kong.VersionFlag `help:"Print the version."`
@@ -77,7 +77,10 @@ func MainOf(run func(ctx context.Context, args []string, env Env) (code int)) {
 type Again func(guest string, grammar any) error
 
 // exit is panicked with where kong ends the program: after --help and --version.
-type exit int
+type exit struct {
+	code int
+	err  error // what was asked for could not be shown
+}
 
 // Run runs the program and returns its exit code.
 func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
@@ -85,7 +88,10 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 		switch r := recover().(type) {
 		case nil:
 		case exit:
-			code = int(r)
+			code = r.code
+			if r.err != nil {
+				code = ui.ReportError(env.Stderr, env.Getenv, r.err)
+			}
 		default:
 			panic(r)
 		}
@@ -93,13 +99,14 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 	if len(args) > 0 && args[0] == lookCommand {
 		return p.look(args[1:], env)
 	}
+	args = asked(args)
 	kctx, err := p.parse(args, env, "", p.Grammar)
 	if err != nil {
-		return ui.ReportError(env.Stderr, err)
+		return ui.ReportError(env.Stderr, env.Getenv, err)
 	}
 	u, err := ui.New(env.Stdout, env.Stderr, env.Getenv, ui.Options{Quiet: p.Common.Quiet, Verbose: p.Common.Verbose, LogFile: p.Common.LogFile})
 	if err != nil {
-		return ui.ReportError(env.Stderr, err)
+		return ui.ReportError(env.Stderr, env.Getenv, err)
 	}
 	defer u.Close()
 	kctx.BindTo(ctx, (*context.Context)(nil))
@@ -109,20 +116,23 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 		_, err := p.parse(args, env, guest, grammar)
 		return err
 	}))
-	return u.Finish(p.Explain(kctx.Run()))
+	return u.Finish(explainSystem(p.Explain(kctx.Run())))
 }
 
 // parse reads the command line into a grammar.
 func (p Program) parse(args []string, env Env, guest string, grammar any) (*kong.Context, error) {
+	stdout := &shown{w: env.Stdout}
 	options := []kong.Option{
 		kong.Name(p.Name),
 		kong.Description(p.Description),
-		kong.Writers(env.Stdout, env.Stderr),
-		kong.Exit(func(code int) { panic(exit(code)) }),
+		kong.Writers(stdout, env.Stderr),
+		kong.Exit(func(code int) { panic(exit{code, stdout.err}) }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: maxHelpWidth}),
 		kong.Help(help),
 		kong.Vars{"version": p.Name + " " + Version},
 		kong.Bind(p.Scope),
+		durations(),
+		kong.ValueFormatter(helpOf),
 	}
 	explain := func(err error) error { return err }
 	file, fileErr := conf.Find(env.Getenv(conf.Variable), env.Config)
@@ -136,16 +146,33 @@ func (p Program) parse(args []string, env Env, guest string, grammar any) (*kong
 		return nil, err
 	}
 	kctx, err := parser.Parse(args)
+	if err != nil && stdout.err != nil {
+		return nil, stdout.err
+	}
 	if err == nil {
 		err = fileErr // after --help, which needs no file
 	}
 	if err != nil {
 		if ui.HintOf(err) == "" {
-			err = ui.Hint(explain(err), fmt.Sprintf("`%s --help` explains", p.chosen(err)))
+			err = ui.Hint(explain(plainly(err)), fmt.Sprintf("`%s --help` explains", p.chosen(err)))
 		}
 		return nil, ui.Exit(ui.ExitUsage, err)
 	}
 	return kctx, nil
+}
+
+// shown is standard output for help texts: who reads them may have seen enough, as head has.
+type shown struct {
+	w   io.Writer
+	err error
+}
+
+func (s *shown) Write(p []byte) (int, error) {
+	if _, err := s.w.Write(p); ui.Shown(err) != nil {
+		s.err = ui.Shown(err)
+		return 0, s.err
+	}
+	return len(p), nil
 }
 
 // chosen is as much of the command line as has named a command, where the rest of it is wrong.

@@ -2,6 +2,10 @@ package cli
 
 import (
 	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"syscall"
 
 	"qmchain/internal/ui"
 )
@@ -26,4 +30,25 @@ func Explain(err error, causes []Cause) error {
 		return ui.Exit(c.Code, err)
 	}
 	return err
+}
+
+// explainSystem gives an error of the system's that has no hint yet the next step.
+func explainSystem(err error) error {
+	var dial *net.OpError
+	hint := ""
+	switch {
+	case err == nil || ui.HintOf(err) != "":
+	case errors.As(err, &dial) && dial.Op == "dial" && errors.Is(err, fs.ErrNotExist):
+		hint = "is the guest running, and does its QEMU make that socket?"
+	case errors.Is(err, syscall.EROFS):
+		hint = "that file system is mounted read-only, perhaps after an error: `findmnt` and `dmesg` tell"
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
+		hint = "run it as root, or as the user that this belongs to"
+	case errors.Is(err, fs.ErrPermission):
+		hint = "even root is refused: a share that takes root for nobody (root_squash), perhaps"
+	}
+	if hint == "" {
+		return err
+	}
+	return ui.Hint(err, hint)
 }

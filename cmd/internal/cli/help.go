@@ -43,6 +43,16 @@ func (p Program) Parses(args []string) error {
 // maxHelpWidth keeps lines short enough to be read on a wide terminal.
 const maxHelpWidth = 100
 
+// helpOf is a flag's help text, with its default where nothing else shows that.
+func helpOf(v *kong.Value) string {
+	text := kong.DefaultHelpValueFormatter(v)
+	shown := v.Flag == nil || v.Flag.PlaceHolder == "" // then the default stands in the place of the value
+	if !v.HasDefault || v.Default == "" || v.IsBool() || shown || strings.Contains(text, "efault:") {
+		return text
+	}
+	return text + " (default " + v.Default + ")"
+}
+
 // help is kong's help, followed by the examples and, for the program as a whole, by the exit codes.
 func help(options kong.HelpOptions, ctx *kong.Context) error {
 	if err := kong.DefaultHelpPrinter(options, ctx); err != nil {

@@ -22,7 +22,8 @@
 //   - A [Scope] says which section is for which commands of a program.
 //
 // A flag on the command line goes before the environment, and that before the file. Flags that say what is to be done just
-// now, such as --all, have no place in it (they are tagged conf:"no"). What a section has that none of its commands knows is
+// now, such as --all, have no place in it (they are tagged conf:"no"): nor has what would have a timer do nothing for ever, as
+// --dry-run, or each restore go over what is there, as --force. What a section has that none of its commands knows is
 // an error, as is a section that nobody knows: a misspelt setting must not pass for one that is in effect.
 package conf
 
@@ -232,7 +233,7 @@ func (r *Resolver) flags(app *kong.Application, section string) (flags []*kong.F
 
 func (r *Resolver) flag(app *kong.Application, section, key string) *kong.Flag {
 	for _, flag := range r.flags(app, section) {
-		if flag.Name == key {
+		if flag.Name == key && !flag.Hidden {
 			return flag
 		}
 	}
@@ -265,7 +266,7 @@ func (r *Resolver) Resolve(ctx *kong.Context, _ *kong.Path, flag *kong.Flag) (an
 			return nil, nil
 		}
 	}
-	if flag.Tag.Get("conf") == "no" {
+	if flag.Hidden || flag.Tag.Get("conf") == "no" {
 		return nil, nil
 	}
 	command := ""

@@ -24,6 +24,7 @@ type grammar struct {
 		Exclude  []string
 		Level    string
 		All      bool `conf:"no"`
+		Within   bool `hidden:""`
 		Direct   bool
 	} `cmd:""`
 	Prune struct {
@@ -117,6 +118,7 @@ func TestMistakes(t *testing.T) {
 		{"[backup]\njob = 1", "[backup]: job: there is no flag --job"},
 		{"[backup]\nkeep-last = 1", "[backup]: keep-last: there is no flag"},
 		{"[backup]\nall = true", "--all is for the command line only"},
+		{"[backup]\nwithin = true", "[backup]: within: there is no flag"},
 		{"[guest.110]\njob = 1", "[guest.110]: job: there is no flag"},
 		{"[guest]\njobs = 1", "guest.jobs: guests have sections of their own"},
 		{"[prune]\njobs = 1", "[prune]: jobs: there is no flag"},

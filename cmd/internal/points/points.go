@@ -22,7 +22,7 @@ import (
 // Flags are the flags of commands that read a point.
 type Flags struct {
 	Repo  string   `required:"" env:"QMCHAIN_REPO" placeholder:"DIR" help:"The repository, or a directory with backups of qmpbackup or virtnbdbackup."`
-	Disk  []string `placeholder:"D" help:"Only this disk. Can be given several times."`
+	Disk  []string `conf:"no" placeholder:"D" help:"Only this disk. Can be given several times."`
 	Point string   `arg:"" help:"The point: GUEST/latest, GUEST/ID, or GUEST/ and the beginning of an id."`
 }
 
@@ -127,7 +127,7 @@ func Of(set source.Set, guest string) (*source.Points, error) {
 	return points, nil
 }
 
-// MeantGuest gives an error that wraps chain.ErrNoPoint for a guest the name that may have been meant.
+// MeantGuest gives an error that wraps chain.ErrNoPoint for a guest the name that may have been meant, or else all names.
 func MeantGuest(err error, guest string, all func() ([]string, error)) error {
 	if !errors.Is(err, chain.ErrNoPoint) {
 		return err
@@ -136,8 +136,15 @@ func MeantGuest(err error, guest string, all func() ([]string, error)) error {
 	if listErr != nil {
 		return err
 	}
-	return asking(err, guest, names)
+	err = asking(err, guest, names)
+	if ui.HintOf(err) == "" && len(names) > 0 && len(names) <= maxNamed {
+		err = ui.Hint(err, "there is "+strings.Join(names, ", "))
+	}
+	return err
 }
+
+// maxNamed is how many guests are named where none is like the one that was asked for.
+const maxNamed = 10
 
 // MeantPoint does the same for a point, as the user named it, of a guest's points.
 func MeantPoint(err error, name string, all chain.Points) error {
@@ -197,6 +204,27 @@ func (p *Point) OpenDisks(names []string) (disks []Disk, closeAll func(), err er
 		disks = append(disks, Disk{name, img})
 	}
 	return disks, closeAll, nil
+}
+
+// Damage returns what verify has found wrong with the images that disks are read from, though they can be opened: by the
+// disk, errors that wrap chain.ErrDamaged. It looks at no image. Its own error says that what was found is not known.
+func (p *Point) Damage(names []string) (found map[string]error, err error) {
+	r := source.Repository(p.Set)
+	if r == nil {
+		return nil, nil // nobody keeps it of a foreign set
+	}
+	g, err := r.Guest(p.Guest.Name)
+	if err != nil {
+		return nil, err
+	}
+	damaged, err := g.Damaged(p.From.All)
+	found = map[string]error{}
+	for _, name := range names {
+		if v, ok := damaged[p.Ref(name)]; ok {
+			found[name] = fmt.Errorf("disk %s: %w", name, v.Err())
+		}
+	}
+	return found, err
 }
 
 // Doubts returns what speaks against disks being what the guest had, though they can be read.

@@ -33,7 +33,7 @@ func OpenRepo(dir string, fsys durable.FS) (*repo.Repo, error) {
 }
 
 // MeantDir gives an error, that there is no set in dir, the hint where one is: in a folder with a name like it, in a folder of
-// it, or above it.
+// it, or above it. A folder that is not there at all may be one of a share that is not mounted.
 func MeantDir(err error, dir string) error {
 	var near []string
 	switch {
@@ -42,7 +42,10 @@ func MeantDir(err error, dir string) error {
 	case errors.Is(err, fs.ErrNotExist):
 		near = beside(dir)
 	}
-	if len(near) == 0 {
+	switch {
+	case len(near) == 0 && errors.Is(err, fs.ErrNotExist):
+		return ui.Hint(err, "is the share mounted?")
+	case len(near) == 0:
 		return err
 	}
 	return ui.Hint(err, "did you mean "+strings.Join(near[:min(len(near), 3)], " or ")+"?")

@@ -19,7 +19,8 @@ func To(name string, known []string) []string {
 		if len(name) > 2 && strings.HasPrefix(k, name) {
 			d = min(d, 1)
 		}
-		if d > least || k == name {
+		short := min(len([]rune(name)), len([]rune(k)))
+		if d > least || k == name || d > 0 && d >= short { // nothing of it would be right
 			continue
 		}
 		if d < least {

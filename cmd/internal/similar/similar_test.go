@@ -25,6 +25,9 @@ func TestTo(t *testing.T) {
 			t.Errorf("%q: %q, want %q", name, got, want)
 		}
 	}
+	if got := To("x", []string{"w", "X", "xy"}); strings.Join(got, " ") != "X" {
+		t.Errorf("%q are offered", got)
+	}
 	if got := To("20", []string{"21", "22", "23", "24"}); len(got) != most {
 		t.Errorf("%q are offered", got)
 	}

@@ -23,7 +23,7 @@ type Flags struct {
 	Pool    string         `placeholder:"NAME" complete:"pool" help:"The VMs of a pool, as far as they are on this node."`
 	Tag     string         `placeholder:"TAG" help:"The VMs of this node that have a tag."`
 	Exclude []proxmox.VMID `placeholder:"VMID" help:"Not this one. With --all, --pool and --tag; can be given several times."`
-	JSON    bool           `name:"json" help:"Print one JSON document."`
+	JSON    bool           `conf:"no" name:"json" help:"Print one JSON document."`
 }
 
 // Many tells whether they name a group and not single VMs.
