@@ -76,7 +76,7 @@ const (
 )
 
 // greetingLimit bounds the wait for QMP's greeting, which comes at once unless the socket is in use.
-const greetingLimit = 5 * time.Second
+const greetingLimit = 2 * time.Second
 
 // Ask finds out who answers on the backup socket, and goes away again. The path alone proves nothing: a clone's args
 // name the socket of the VM that it was cloned from, and the one who started last has it.

@@ -23,6 +23,7 @@ const (
 	// checkedLockLimit is more than it takes to write the file, which is all that the lock is held for.
 	checkedLockLimit = 10 * time.Second
 	maxChecked       = 16 << 20
+	maxRecordedWhy   = 1 << 10
 )
 
 // Checked is what was last found when a guest's points were verified and drilled. It stands in a file in the guest's folder, and
@@ -36,25 +37,30 @@ type Checked struct {
 // Verified says what a point was found to be. What could not be found out, for a share that hiccups or a merge under way, is
 // not recorded.
 type Verified struct {
-	Point  chain.ID  `json:"point"`
-	Time   time.Time `json:"time"`
-	Tables bool      `json:"tables"` // of the images were checked with qemu-img
-	Deep   bool      `json:"deep"`   // the disks were read
-	Good   bool      `json:"good"`
-	Why    string    `json:"why,omitempty"` // it is not good: the disks, and the files
+	Point chain.ID  `json:"point"`
+	Time  time.Time `json:"time"` // at which the look began: what was put right meanwhile may not have been seen
+	// Tables says that the images' tables were checked with qemu-img, and Deep that the disks were read; of a point that is not good
+	// whether that was needed to find it out. Where it was not, any look tells whether it is good again.
+	Tables bool   `json:"tables"`
+	Deep   bool   `json:"deep"`
+	Good   bool   `json:"good"`
+	Why    string `json:"why,omitempty"` // it is not good: the disks, and the files
 	// Disks are those that are damaged. Where there are none though it is not good, all of the point's are.
 	Disks []DamagedDisk `json:"disks,omitempty"`
 }
 
-// DamagedDisk is a disk that can't be read as it was, and the images that are the reason: its own, or ones below.
+// DamagedDisk is a disk that can't be read as it was, and the images that are the reason: its own, or ones below. Of those below
+// the ones can be left out of which their own points' records tell.
 type DamagedDisk struct {
 	Name   string           `json:"name"`
 	Images []chain.ImageRef `json:"images"`
 }
 
-// covers reports whether v looked at all of a point that o did. A superficial look that finds nothing says nothing of what a
-// thorough one has found.
-func (v Verified) covers(o Verified) bool { return v.Point == o.Point && v.asThorough(o) }
+// covers reports whether v looked at all of a point that o did, and no earlier. A superficial look that finds nothing says nothing
+// of what a thorough one has found.
+func (v Verified) covers(o Verified) bool {
+	return v.Point == o.Point && !v.Time.Before(o.Time) && v.asThorough(o)
+}
 
 func (v Verified) asThorough(o Verified) bool {
 	return (v.Tables || !o.Tables) && (v.Deep || !o.Deep)
@@ -96,7 +102,7 @@ func (g *Guest) Checked() (*Checked, error) {
 }
 
 // NoteChecked records what was found, and forgets of points that are gone; but no damage of images that are still needed. A record
-// that is damaged is begun anew.
+// that is damaged is begun anew. One that would be too large to be read again is not written, which is an error.
 func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 	if len(found.Verified)+len(found.Drilled) == 0 {
 		return nil
@@ -122,14 +128,23 @@ func (g *Guest) NoteChecked(ctx context.Context, found Checked) error {
 		have[f.ID], needed[f.ID] = !f.Base, true
 	}
 	c.add(found, have, needed)
+	return g.putChecked(c)
+}
+
+// putChecked writes what was found. The caller holds the lock.
+func (g *Guest) putChecked(c *Checked) error {
 	text, err := json.MarshalIndent(c, "", " ")
 	if err != nil {
 		return err
 	}
+	text = append(text, '\n')
+	if len(text) > maxChecked {
+		return fmt.Errorf("guest %s: what was checked: %s would have %d bytes, more than the %d that it can have", g.Name, checkedFile, len(text), maxChecked)
+	}
 	if err := g.dropTemporaryChecked(); err != nil {
 		return err
 	}
-	if err := g.Repo.FS.WriteFile(filepath.Join(g.Dir, checkedFile), append(text, '\n'), fileMode); err != nil {
+	if err := g.Repo.FS.WriteFile(filepath.Join(g.Dir, checkedFile), text, fileMode); err != nil {
 		return fmt.Errorf("guest %s: what was checked: %w", g.Name, err)
 	}
 	return nil
@@ -148,7 +163,8 @@ func (c *Checked) add(found Checked, have, needed map[chain.ID]bool) {
 	old := *c
 	c.Verified, c.Drilled = []Verified{}, []Drilled{}
 	for _, o := range old.Verified {
-		if (have[o.Point] || o.damageIn(needed)) && !slices.ContainsFunc(verified[o.Point], func(v Verified) bool { return v.covers(o) }) {
+		// What was found good keeps older damage below it from counting for what is read through it.
+		if (have[o.Point] || o.damageIn(needed) || o.Good && needed[o.Point]) && !slices.ContainsFunc(verified[o.Point], func(v Verified) bool { return v.covers(o) }) {
 			c.Verified = append(c.Verified, o)
 		}
 	}
@@ -158,7 +174,8 @@ func (c *Checked) add(found Checked, have, needed map[chain.ID]bool) {
 		}
 	}
 	for _, v := range found.Verified {
-		if have[v.Point] {
+		if have[v.Point] && !slices.ContainsFunc(old.Verified, func(o Verified) bool { return v.Time.Before(o.Time) && o.covers(v) }) {
+			v.Why = shortened(v.Why, maxRecordedWhy)
 			c.Verified = append(c.Verified, v)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -75,12 +76,12 @@ func TestChecked(t *testing.T) {
 	note(repo.Checked{Verified: []repo.Verified{deepGood, gone}, Drilled: []repo.Drilled{failed}})
 	wantChecked(t, g.Guest, repo.Checked{Verified: []repo.Verified{deepGood, bare}, Drilled: []repo.Drilled{failed}})
 
-	// What is removed is forgotten with the next record, also while others still need its images.
+	// Of what is removed while others still need its images it stays known that these were found good, which says something of them.
 	if err := g.Hide(a); err != nil {
 		t.Fatal(err)
 	}
 	note(repo.Checked{Drilled: []repo.Drilled{drill}})
-	wantChecked(t, g.Guest, repo.Checked{Verified: []repo.Verified{bare}, Drilled: []repo.Drilled{drill}})
+	wantChecked(t, g.Guest, repo.Checked{Verified: []repo.Verified{deepGood, bare}, Drilled: []repo.Drilled{drill}})
 
 	info, err := os.Stat(filepath.Join(g.Dir, ".checked.json"))
 	if err != nil || info.Mode() != 0o600 {
@@ -92,6 +93,50 @@ func TestChecked(t *testing.T) {
 	if strays, err := g.Strays(); err != nil || len(strays) > 0 {
 		t.Errorf("strays %v, %v", strays, err)
 	}
+}
+
+// Two looks at a point at the same time: what the one says that began later counts, whichever ends first.
+func TestCheckedLate(t *testing.T) {
+	t.Parallel()
+	g := checkedGuest(t)
+	early := repo.Verified{Point: g.Points[0].ID, Time: checkedAt, Tables: true, Deep: true, Good: true}
+	late := repo.Verified{Point: g.Points[0].ID, Time: checkedAt.Add(time.Minute), Why: "scsi0"}
+	later := late
+	later.Time, later.Good, later.Why = checkedAt.Add(time.Hour), true, ""
+	for _, step := range []struct{ note, want []repo.Verified }{
+		{[]repo.Verified{late}, []repo.Verified{late}},
+		{[]repo.Verified{early}, []repo.Verified{late, early}}, // it went further, but saw less of what was changed since
+		{[]repo.Verified{later}, []repo.Verified{early, later}},
+		{[]repo.Verified{late}, []repo.Verified{early, later}},
+	} {
+		if err := g.NoteChecked(t.Context(), repo.Checked{Verified: step.note}); err != nil {
+			t.Fatal(err)
+		}
+		wantChecked(t, g.Guest, repo.Checked{Verified: step.want, Drilled: []repo.Drilled{}})
+		if damaged, err := g.Damaged(g.Points); err != nil || (len(damaged) > 0) != slices.ContainsFunc(step.want, func(v repo.Verified) bool { return !v.Good }) {
+			t.Errorf("damaged %v, %v", damaged, err)
+		}
+	}
+}
+
+// What could not be read again is not written: the record stays as it was.
+func TestCheckedTooLarge(t *testing.T) {
+	t.Parallel()
+	g := checkedGuest(t)
+	v := repo.Verified{Point: g.Points[1].ID, Time: checkedAt, Why: strings.Repeat("ü", 1<<20), Disks: []repo.DamagedDisk{{Name: "scsi0"}}}
+	note := func() error { return g.NoteChecked(t.Context(), repo.Checked{Verified: []repo.Verified{v}}) }
+	if err := note(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := g.Checked()
+	if err != nil || len(c.Verified) != 1 || len(c.Verified[0].Why) > 1100 || !strings.HasPrefix(c.Verified[0].Why, "üüü") {
+		t.Fatalf("%.2000v, %v", c, err)
+	}
+	v.Time, v.Disks[0].Images = checkedAt.Add(time.Hour), slices.Repeat([]chain.ImageRef{g.Points[0].Ref("scsi0")}, 200_000)
+	if err := note(); err == nil || errors.Is(err, chain.ErrDamaged) || !strings.Contains(err.Error(), "more than the") {
+		t.Errorf("too large: %v", err)
+	}
+	wantChecked(t, g.Guest, repo.Checked{Verified: c.Verified, Drilled: []repo.Drilled{}})
 }
 
 // Those who check at the same time lose nothing of one another's.

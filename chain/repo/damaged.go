@@ -97,11 +97,17 @@ func (e *evidence) add(found []Verified) {
 	}
 }
 
+// Clears reports whether a point was found good by v where damage that was found before, as o has it, would have shown. Points of
+// one run have the same time.
+func (v Verified) Clears(o Verified) bool {
+	return v.Good && !v.Time.Before(o.Time) && v.asThorough(o)
+}
+
 // clear takes out what has been looked at as thoroughly since, and found good.
 func (e *evidence) clear(good []Verified) {
 	for _, g := range good {
 		for i, v := range e {
-			if v != nil && g.Time.After(v.Time) && g.asThorough(*v) {
+			if v != nil && g.Clears(*v) {
 				e[i] = nil
 			}
 		}
@@ -133,8 +139,14 @@ func (v Verified) String() string {
 		}
 		return r
 	}, v.Why)
-	if len(why) > maxWhy {
-		why = strings.ToValidUTF8(why[:maxWhy], "") + "…"
-	}
+	why = shortened(why, maxWhy)
 	return fmt.Sprintf("verify found on %s, at %s: %s", v.Time.Local().Format(time.DateTime), v.Point, why)
+}
+
+// shortened is a text of no more than so many bytes, but for what tells that it was cut.
+func shortened(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most], "") + "…"
 }

@@ -112,6 +112,11 @@ func (m *merge) run(ctx context.Context, points chain.Points) (why string, err e
 	if err != nil {
 		return "", err
 	}
+	// What is damaged in blocks that nothing was written to stays so. It is the child's from here on: after the rename a crash
+	// would leave nothing that says whose it was, and so would who cancels.
+	if err := g.MergedChecked(context.WithoutCancel(ctx), chain.ImageRef{Point: m.base.ID, UUID: m.child.Disk.Parent.UUID, Disk: m.baseDisk.Name}, m.child.Point.Ref(m.child.Disk.Name)); err != nil {
+		m.log.Warnf("what verify has found of disk %s of %s is not kept for %s: %v", m.baseDisk.Name, m.base.ID, m.child.Point.ID, err)
+	}
 	if err := g.Repo.FS.Rename(basePath, g.ImagePath(m.child.Point.ID, m.child.Disk.Name)); err != nil {
 		return "", err
 	}

@@ -429,6 +429,99 @@ func TestDamageIsNotSealed(t *testing.T) {
 	}
 }
 
+// Damage that a merge does not touch goes along into the next point, and what is known of it does, too, until that is found good.
+func TestKnownDamageGoesAlong(t *testing.T) {
+	t.Parallel()
+	const large = 64 << 20
+	for name, crash := range map[string]string{"no crash": "", "a crash before the rename": "rename", "a crash after it": "syncdir"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGuest(t)
+			g.Add(repotest.Disk{Name: "scsi0", Size: large, Write: []repotest.Write{{Len: large, Fill: 1}}}, repotest.Disk{Name: "scsi1", Size: size})
+			repotest.Flip(t, g.ImagePath(g.points()[0].ID, "scsi0"), 40<<20)
+			// note records a look at the points that are kept, as verify does.
+			note := func(at time.Time) {
+				t.Helper()
+				points := g.points()
+				var found repo.Checked
+				for _, m := range points.Kept() {
+					v := repo.Verified{Point: m.ID, Time: at, Good: true}
+					layers, err := points.Layers(m, "scsi0")
+					if err != nil {
+						t.Fatal(err)
+					}
+					for _, l := range layers {
+						if err := g.CheckSums(t.Context(), l.Point, "scsi0"); err != nil {
+							v.Good, v.Why = false, err.Error()
+							v.Disks = []repo.DamagedDisk{{Name: "scsi0", Images: []chain.ImageRef{l.Point.Ref("scsi0")}}}
+						}
+					}
+					found.Verified = append(found.Verified, v)
+				}
+				if err := g.NoteChecked(t.Context(), found); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// want makes sure that scsi0 of all kept points is known to be damaged, or that nothing is.
+			want := func(what string, bad bool) {
+				t.Helper()
+				points := g.points()
+				damaged, err := g.Damaged(points)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, m := range points.Kept() {
+					if _, ok := damaged[m.Ref("scsi0")]; ok != bad {
+						t.Errorf("%s: %s: damaged: %v", what, m.ID, ok)
+					}
+					if v, ok := damaged[m.Ref("scsi1")]; ok {
+						t.Errorf("%s: the other disk of %s: %s", what, m.ID, v)
+					}
+				}
+			}
+			note(start)
+			// Points come and go, and nobody verifies.
+			for i := range 2 {
+				g.Add(repotest.Disk{Name: "scsi0", Write: []repotest.Write{{Off: 1 << 20, Len: 1 << 20, Fill: byte(i + 2)}}}, repotest.Disk{Name: "scsi1"})
+			}
+			all := g.points()
+			want("verified", true)
+			drilled := repo.Checked{Drilled: []repo.Drilled{{Point: all[2].ID, Time: start, Passed: true}}}
+			for i := range 2 {
+				child := g.ImagePath(all[i+1].ID, "scsi0")
+				renamed := false
+				g.before = func(op, path string) error {
+					renamed = renamed || op == "rename" && path == child
+					if renamed && op == crash {
+						return errDied
+					}
+					return nil
+				}
+				left, err := g.remove(t.Context(), all[i].ID)
+				if crash != "" {
+					if !errors.Is(err, errDied) {
+						t.Fatalf("no crash: %v, %v", left, err)
+					}
+					want("after the crash", true)
+					g.before = nil
+					left, err = g.sweep()
+				}
+				g.done(left, err, 2-i)
+				if err := g.NoteChecked(t.Context(), drilled); err != nil {
+					t.Fatal(err)
+				}
+				want("merged", true)
+			}
+			if err := g.CheckSums(t.Context(), g.points()[0], "scsi0"); !errors.Is(err, chain.ErrDamaged) {
+				t.Errorf("the flipped bit is not found any more: %v", err)
+			}
+			repotest.Flip(t, g.ImagePath(all[2].ID, "scsi0"), 40<<20)
+			note(start.Add(time.Hour))
+			want("mended", false)
+		})
+	}
+}
+
 // Who finds a point in a list and opens it when it was removed meanwhile is told so: nobody would know that it is being read,
 // and its image takes in others.
 func TestOpenedAfterRemoval(t *testing.T) {

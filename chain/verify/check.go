@@ -43,7 +43,7 @@ func (r *run) qemuCheck(ctx context.Context, f *file) error {
 	}
 	found := checked(err, name, f.at.Name)
 	for _, t := range f.targets {
-		r.found(t, found)
+		r.foundBy(&t.tables, t, found)
 	}
 	return nil
 }

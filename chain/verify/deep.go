@@ -31,7 +31,7 @@ func (r *run) readDisks(ctx context.Context, v *view) error {
 					r.deep[t.ref] = lineage
 				} else {
 					at := t.named(err)
-					r.found(at, fault{kindOf(err), at.at.Name, reason(err, at.at.Name)})
+					r.foundBy(&at.deep, at, fault{kindOf(err), at.at.Name, reason(err, at.at.Name)})
 				}
 			}
 			r.upTo(end)

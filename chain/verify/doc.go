@@ -19,6 +19,7 @@
 // Foreign sets are verified as far as they can be: qmpbackup has no check sums.
 //
 // Others may make, remove and merge points meanwhile. Nothing is locked for longer than a moment; what is found wrong is
-// looked at again if the points are others by then. An image that is just being merged has no check sums, and disks that
-// are read through it can't be verified until that is done: that is told, and is no damage.
+// looked at again if the points are others by then, and what is missing once in any case, after a second: a share may just
+// be mounted again. An image that is just being merged has no check sums, and disks that are read through it can't be
+// verified until that is done: that is told, and is no damage.
 package verify

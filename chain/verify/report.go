@@ -76,6 +76,9 @@ type Disk struct {
 	Files []string `json:"files"` // that are the reason if it is not good
 	// Images are those whose damage is the reason.
 	Images []chain.ImageRef `json:"-"`
+	// Tables and Deep say that qemu-img check has found some of it, or reading: a look without them may not find it.
+	Tables bool `json:"-"`
+	Deep   bool `json:"-"`
 }
 
 // Finding is what was found of one file.
@@ -126,6 +129,7 @@ func (v *view) report() *Guest {
 		for i := range m.Disks {
 			d := Disk{Name: m.Disks[i].Name, State: Good, Files: []string{}}
 			for t := v.targets[ref{m.UUID, d.Name}]; t != nil; t = t.parent {
+				d.Tables, d.Deep = d.Tables || t.tables, d.Deep || t.deep
 				for _, f := range t.faults {
 					note(f, DiskRef{p.ID, d.Name})
 					state := f.kind.state()

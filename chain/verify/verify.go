@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -38,6 +39,9 @@ type Checker struct {
 
 // maxRounds bounds how often a guest is looked at whose points change all the time. All but the first are short.
 const maxRounds = 10
+
+// missingPause is waited before files that are missing are looked for once more, and taken for lost.
+const missingPause = time.Second
 
 // Guest verifies points of a guest: those that are named, as chain.Points.Resolve does it, or all. Its error says that
 // the verification could not be done: it is wrong to take that for damage. A point that does not exist wraps
@@ -75,6 +79,7 @@ func (c *Checker) Guest(ctx context.Context, name string, points ...string) (*Gu
 		}
 		asks = func(id string) bool { return slices.Contains(ids, id) }
 	}
+	waited := false
 	for round := 1; ; round++ {
 		v, err := newView(c.Set.Dir(), name, now, asks, c.Disks)
 		if err != nil {
@@ -98,8 +103,20 @@ func (c *Checker) Guest(ctx context.Context, name string, points ...string) (*Gu
 		if now, err = g.Points(); err != nil {
 			return nil, err
 		}
-		if reflect.DeepEqual(then.All, now.All) && reflect.DeepEqual(problems(then), problems(now)) {
+		if !reflect.DeepEqual(then.All, now.All) || !reflect.DeepEqual(problems(then), problems(now)) {
+			continue
+		}
+		if waited || !v.misses() {
 			return report, nil
+		}
+		waited = true
+		select {
+		case <-time.After(missingPause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		if now, err = g.Points(); err != nil {
+			return nil, err
 		}
 	}
 }
@@ -178,6 +195,14 @@ func (r *run) found(t *target, f fault) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	t.faults = append(t.faults, f)
+}
+
+// foundBy notes a fault of an image that not every look finds, and by which one damage was found.
+func (r *run) foundBy(look *bool, t *target, f fault) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t.faults = append(t.faults, f)
+	*look = *look || f.kind == Damage
 }
 
 // check finds out what is wrong with v's targets.

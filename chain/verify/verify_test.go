@@ -226,6 +226,19 @@ func edit(t *testing.T, g *repotest.Guest, point int, disk string, change func(i
 	reseal(t, g, point, disk)
 }
 
+// foundBy makes sure by what all damage was found.
+func foundBy(t testing.TB, g *verify.Guest, tables, deep bool) {
+	t.Helper()
+	for _, p := range g.Points {
+		for _, d := range p.Disks {
+			bad := d.State == verify.Damaged
+			if d.Tables != (tables && bad) || d.Deep != (deep && bad) {
+				t.Errorf("%s: %+v", p.ID, d)
+			}
+		}
+	}
+}
+
 // What was wrong with an image when it was made is found by qemu-img, as far as the tables can tell,
 func TestTables(t *testing.T) {
 	t.Parallel()
@@ -247,6 +260,7 @@ func TestTables(t *testing.T) {
 	if f := finding(t, got, verify.Leak); f.File != "110/images/"+g.Points[1].Disks[1].File || !strings.HasPrefix(f.Text, "1 cluster") || len(f.Affects) != 2 {
 		t.Errorf("%+v", f)
 	}
+	foundBy(t, got, true, false)
 	for _, m := range g.Points {
 		if s, files := state(t, got, m.ID, "scsi0"); s != verify.Damaged || len(files) != 1 {
 			t.Errorf("%s, %v", s, files)
@@ -282,9 +296,14 @@ func TestDeep(t *testing.T) {
 	if f.File != "110/images/"+g.Points[1].Disks[1].File || len(f.Affects) != 2 {
 		t.Errorf("%+v", f)
 	}
+	foundBy(t, got, false, true)
 	if s, _ := state(t, got, g.Points[0].ID, "scsi1"); s != verify.Good {
 		t.Errorf("the full: %s", s)
 	}
+
+	// What every look finds is not put down to this one.
+	repotest.Flip(t, g.ImagePath(g.Points[0].ID, "scsi1"), 1<<16)
+	foundBy(t, check(t, g.Repo.Dir, true, string(g.Points[0].ID)), false, false)
 }
 
 func remover(g *repo.Guest) *retain.Remover {
@@ -503,6 +522,41 @@ func TestUnreadable(t *testing.T) {
 		if got.Files < 5 {
 			t.Errorf("%s: only %d files were read", name, got.Files)
 		}
+	}
+}
+
+// A share that is away for a moment costs no point; what stays away is lost.
+func TestMissingForAMoment(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t, 2)
+	image, away := g.ImagePath(g.Points[0].ID, "scsi0"), filepath.Join(t.TempDir(), "away")
+	if err := os.Rename(image, away); err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	c := verify.Checker{Set: open(t, g.Repo.Dir), Progress: func(int64, int64) {
+		once.Do(func() { // when it has been missed
+			if err := os.Rename(away, image); err != nil {
+				t.Error(err)
+			}
+		})
+	}}
+	got, err := c.Guest(t.Context(), "110")
+	if err != nil || got.State != verify.Good || got.Files != 4 || len(got.Findings) > 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+
+	if err := os.Remove(image); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	c.Progress = func(int64, int64) { cancel() }
+	if _, err := c.Guest(ctx, "110"); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	c.Progress = nil
+	if got, err = c.Guest(t.Context(), "110"); err != nil || got.State != verify.Damaged || finding(t, got, verify.Damage).Text != "it is missing" {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 

@@ -35,6 +35,9 @@ type target struct {
 	parent *target // nil if it needs none, or that is not there
 	faults []fault // its own, and that its parent is not there
 	done   bool    // it was checked in an earlier round
+
+	// tables and deep say that damage was found by qemu-img check, or by reading disks.
+	tables, deep bool
 }
 
 // faulty reports whether something is wrong with the image, or one below it, that keeps others from being opened.
@@ -157,6 +160,8 @@ func (v *view) parent(d *chain.Disk) (*chain.Layer, *fault) {
 	return nil, &fault{Damage, v.manifestFile(m), fmt.Sprintf("it has no disk %s, which others were made on", d.Parent.Disk)}
 }
 
+const pointMissing = "the point is missing, and others were made on it"
+
 // missing says why a point is not there.
 func (v *view) missing(id string) *fault {
 	for _, p := range v.points.Problems {
@@ -165,7 +170,7 @@ func (v *view) missing(id string) *fault {
 			return &f
 		}
 	}
-	return &fault{Damage, filepath.Join(v.guest, id), "the point is missing, and others were made on it"}
+	return &fault{Damage, filepath.Join(v.guest, id), pointMissing}
 }
 
 func baseFolder(id string) string {
@@ -217,10 +222,21 @@ func kindOf(err error) Kind {
 	return Unreadable
 }
 
+// isMissing is what is said of a file that is not there.
+const isMissing = "it is missing"
+
+// misses reports whether there are files that are not there: one look does not tell them from a share that is just mounted again.
+func (v *view) misses() bool {
+	return slices.ContainsFunc(v.points.Problems, func(p chain.Problem) bool { return errors.Is(p.Err, fs.ErrNotExist) }) ||
+		slices.ContainsFunc(v.order, func(t *target) bool {
+			return slices.ContainsFunc(t.faults, func(f fault) bool { return f.text == isMissing || f.text == pointMissing })
+		})
+}
+
 // reason is what an error says of a file, without what else it names.
 func reason(err error, file string) string {
 	if errors.Is(err, fs.ErrNotExist) {
-		return "it is missing"
+		return isMissing
 	}
 	text := err.Error()
 	if i := strings.LastIndex(text, file+": "); i >= 0 {

@@ -212,13 +212,20 @@ func TestCheckFindsVMsWithoutPoints(t *testing.T) {
 	}
 	web := repotest.NewGuest(t, repotest.New(t, p.repo), "110", time.Now().Add(-time.Hour))
 	web.Add(repotest.Disk{Name: "scsi0", Size: 1 << 20})
+	// A VM can have another name in the repository.
+	p.config = filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(p.config, []byte("[guest.112]\nname = \"mail\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	repotest.NewGuest(t, web.Repo, "mail", time.Now().Add(-time.Hour)).Add(repotest.Disk{Name: "scsi0", Size: 1 << 20})
 	for _, test := range []struct {
 		args []string
 		code int
 		says []string // of the standard output, in its order
 	}{
-		{nil, 0, []string{"110 ok"}},
-		{[]string{"--all"}, 2, []string{"110 ok", "111 no point", "112 no point"}},
+		{nil, 0, []string{"110 ok", "mail ok"}},
+		{[]string{"--exclude", "112"}, 0, []string{"110 ok"}},
+		{[]string{"--all"}, 2, []string{"110 ok", "111 no point", "mail ok"}},
 		{[]string{"--all", "--exclude", "111", "--exclude", "112"}, 0, []string{"110 ok"}},
 		{[]string{"--tag", "prod"}, 2, []string{"110 ok", "111 no point"}},
 		{[]string{"--tag", "none"}, 2, nil},

@@ -15,6 +15,7 @@ import (
 	"qmchain/backup"
 	"qmchain/chain"
 	"qmchain/chain/repo"
+	"qmchain/cmd/internal/cli"
 	"qmchain/cmd/internal/points"
 	"qmchain/cmd/internal/vms"
 	"qmchain/internal/durable"
@@ -32,7 +33,7 @@ type checkCmd struct {
 	All     bool           `conf:"no" help:"All VMs of this Proxmox VE node, also those that have no point."`
 	Pool    string         `conf:"no" placeholder:"NAME" complete:"pool" help:"The same for the VMs of a pool, as far as they are on this node."`
 	Tag     string         `conf:"no" placeholder:"TAG" help:"The same for the VMs of this node that have a tag."`
-	Exclude []proxmox.VMID `placeholder:"VMID" help:"With --all, --pool and --tag: not this VM. Can be given several times."`
+	Exclude []proxmox.VMID `placeholder:"VMID" help:"Not this VM. Can be given several times."`
 }
 
 // Help is what "check --help" says in addition.
@@ -61,12 +62,12 @@ const (
 )
 
 // Run fails with exit code 1 where a point is too old, 2 where a guest has none, and 5 where the newest is known to be damaged.
-func (c *checkCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node) error {
+func (c *checkCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node, named cli.Named) error {
 	r, err := points.OpenRepo(c.Repo, fsys)
 	if err != nil {
 		return err
 	}
-	guests, err := c.guests(u, r, n.Host)
+	guests, err := c.guests(u, r, n.Host, named)
 	if err != nil {
 		return err
 	}
@@ -103,13 +104,16 @@ func (c *checkCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, n node) e
 }
 
 // guests are the names of those to look at.
-func (c *checkCmd) guests(u *ui.UI, r *repo.Repo, host proxmox.Host) ([]string, error) {
+func (c *checkCmd) guests(u *ui.UI, r *repo.Repo, host proxmox.Host, named cli.Named) ([]string, error) {
 	selection := proxmox.Selection{All: c.All, Pool: c.Pool, Tag: c.Tag, Exclude: c.Exclude}
 	switch {
 	case !selection.Many() && len(c.Guest) > 0:
 		return c.Guest, nil
 	case !selection.Many():
-		return r.Guests()
+		names, err := r.Guests()
+		return slices.DeleteFunc(names, func(name string) bool {
+			return slices.ContainsFunc(c.Exclude, func(id proxmox.VMID) bool { return named(id.String()) == name })
+		}), err
 	case len(c.Guest) > 0, c.All && (c.Pool != "" || c.Tag != ""), c.Pool != "" && c.Tag != "":
 		return nil, ui.Exit(ui.ExitUsage, errors.New("say which guests in one way: their names, --all, --pool or --tag"))
 	}
@@ -132,7 +136,7 @@ func (c *checkCmd) guests(u *ui.UI, r *repo.Repo, host proxmox.Host) ([]string, 
 			u.Log.Infof("left out: VM %s is %v", id, pveguest.ErrTemplate)
 			continue
 		}
-		names = append(names, id.String())
+		names = append(names, named(id.String()))
 	}
 	return names, nil
 }

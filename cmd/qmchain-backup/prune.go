@@ -220,7 +220,7 @@ func printPruned(w io.Writer, points []prunedPoint) error {
 
 type removeCmd struct {
 	removing `embed:""`
-	Force    bool     `conf:"no" help:"Also points from which increments go on: the next run takes a full then. A run that is under way is waited for, as long as --lock-wait says."`
+	Force    bool     `conf:"no" help:"Also points from which increments go on: the next run takes a full then. A run that is under way is waited for, as long as --lock-wait says; none begins meanwhile."`
 	JSON     bool     `conf:"no" name:"json" help:"Print one JSON document: the points that are removed, as prune prints them."`
 	Point    []string `arg:"" help:"Points, as GUEST/ID, GUEST/latest, or GUEST/ and the beginning of an id."`
 }
@@ -241,7 +241,11 @@ func (c *removeCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 		err = c.sweep(ctx, u, g, c.Force, func(chain.Points) ([]chain.ID, error) { return ids, nil })
 		left := chain.Points{}
 		if err != nil { // before they were removed, or after it
-			left, _, _ = g.Points()
+			var problems []repo.Problem
+			var lookErr error
+			if left, problems, lookErr = g.Points(); lookErr != nil || len(problems) > 0 {
+				return err
+			}
 		}
 		for _, id := range ids {
 			if m := left.Find(id); m == nil || !slices.Contains(left.Kept(), m) {

@@ -3,6 +3,7 @@ package main
 
 import (
 	"os"
+	"strings"
 
 	"qmchain/chain"
 	"qmchain/chain/repo"
@@ -10,6 +11,7 @@ import (
 	"qmchain/cmd/internal/conf"
 	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
+	"qmchain/internal/mountinfo"
 	"qmchain/internal/ui"
 )
 
@@ -48,6 +50,15 @@ func offers() cli.Sources {
 			return in(l)
 		}
 		return append(in(l), cli.OfferFiles)
+	}
+	sources["mounted"] = func(*cli.Line) (offers []cli.Offer) {
+		mounts, _ := mountinfo.Read()
+		for _, m := range mounts {
+			if strings.HasPrefix(m.Type, "fuse.qmchain") {
+				offers = append(offers, cli.Offer{Word: m.Point, Help: m.Source})
+			}
+		}
+		return offers
 	}
 	return sources
 }

@@ -284,7 +284,7 @@ func (c *mountCmd) args(fd int, common *cli.Common) []string {
 
 type umountCmd struct {
 	Lazy bool   `short:"l" help:"Detach the mount though it is in use, and don't wait: what is open works until it is closed, and the server ends then."`
-	Mnt  string `arg:"" help:"Where the repository is mounted."`
+	Mnt  string `arg:"" complete:"mounted" help:"Where the repository is mounted."`
 }
 
 func (c *umountCmd) Run(ctx context.Context, u *ui.UI) error {

@@ -56,8 +56,18 @@ func program(s site, getenv func(string) string) cli.Program {
 		},
 		Scope:    conf.Scope{"hook": {"guest", "vzdump"}},
 		Explain:  explain,
-		Complete: vms.Sources(s.Host),
+		Complete: offers(s.Host),
 	}
+}
+
+// offers are what shells can offer: of the node, and the phases in which Proxmox VE calls.
+func offers(host proxmox.Host) cli.Sources {
+	sources := vms.Sources(host)
+	sources["phase"] = cli.Words("pre-start", "post-start", "pre-stop", "post-stop")
+	sources["vzdump-phase"] = cli.Words("job-init", "job-start", "job-end", "job-abort", "backup-start", "backup-end", "backup-abort", "log-end", "pre-stop",
+		"pre-restart", "post-restart")
+	sources["mode"] = cli.Words("snapshot", "suspend", "stop")
+	return sources
 }
 
 // environment looks up a variable of the environment.

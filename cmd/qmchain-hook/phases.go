@@ -59,7 +59,7 @@ func ownSettings(u *ui.UI, vmid proxmox.VMID, again cli.Again) *grammar {
 }
 
 type vzdumpCmd struct {
-	Phase string       `arg:"" help:"vzdump's phase. All but backup-start are ignored."`
+	Phase string       `arg:"" complete:"vzdump-phase" help:"vzdump's phase. All but backup-start are ignored."`
 	Mode  string       `arg:"" optional:"" help:"vzdump's mode: snapshot, suspend or stop."`
 	VMID  proxmox.VMID `arg:"" optional:"" name:"vmid" help:"The VM or container."`
 

@@ -14,6 +14,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
+	"qmchain/chain/repo"
 	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
@@ -55,7 +56,7 @@ type restoredDisk struct {
 
 // Help is what "image --help" says in addition.
 func (*imageCmd) Help() string {
-	return `What is read are the data of the images, and not their check sums: a disk whose image was changed is restored as it is now. --verify compares first. Where "qmchain-restore verify" has found damage before, the disks are written all the same, and the exit code is 5.`
+	return `What is read are the data of the images, and not their check sums: a disk whose image was changed is restored as it is now. --verify compares first. Where "qmchain-restore verify" has found damage before, the disks are written all the same, and the exit code is 5; but with --force they take the place of nothing.`
 }
 
 // formatAuto stands for a format that the name of the output tells.
@@ -122,22 +123,25 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	for _, d := range doubts {
 		u.Log.Warn(d)
 	}
-	var damage map[string]error // of which --verify knows better
-	if !c.Verify || c.DryRun {
-		damage = p.damage(u, names)
+	var looks []repo.Verified
+	if c.Verify && !c.DryRun {
+		look, err := p.checkSums(ctx, u, names)
+		if err != nil {
+			return err
+		}
+		looks = append(looks, look)
 	}
+	damage := p.damage(u, names, looks...)
 	for i, name := range names {
 		if damage[name] != nil {
 			done.Disks[i].Damage = damage[name].Error()
+			if plan := plans[i]; c.Force && (plan.Replaces || plan.Device) {
+				return p.notReplaced(damage[name], plan.Output, "another --output, where nothing is yet, takes it all the same")
+			}
 		}
 	}
 	if c.DryRun {
 		return u.Result(c.JSON, done, func(w io.Writer) error { return printPlan(w, done.Disks) })
-	}
-	if c.Verify {
-		if err := p.checkSums(ctx, u, names); err != nil {
-			return err
-		}
 	}
 	if err := c.write(ctx, u, plans, done.Disks); err != nil {
 		return err

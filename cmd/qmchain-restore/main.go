@@ -58,7 +58,7 @@ func program(fsys durable.FS, host proxmox.Host) cli.Program {
 		Grammar:     &g,
 		Common:      &g.Common,
 		Bind:        []any{fsys, host, pipes{os.Stdin, os.Stdout}},
-		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill", "report"}},
+		Scope:       conf.Scope{"restore": {"image", "vm", "verify", "drill", "note-drill", "report"}},
 		Explain:     explain,
 		Complete:    offers(host),
 	}

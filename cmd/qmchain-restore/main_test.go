@@ -71,6 +71,7 @@ func signaller(when string) durable.FS {
 //	remember                keep what files there are, with all that is in them
 //	unchanged               they must be the same still
 //	$KERNEL, $INITRD        a Linux guest
+//	$BARE                   a PATH with nothing but this program
 //	mkloop FILE SIZE        make FILE of zeroes, and the block device $LOOP of it
 //	mktmpfs DIR SIZE        mount a file system of so many bytes
 //	readonly DIR            make DIR a mount of itself that can't be written to
@@ -91,6 +92,8 @@ func TestScripts(t *testing.T) {
 			dir, err := os.MkdirTemp("", "restore")
 			env.Defer(func() { _ = os.RemoveAll(dir) })
 			env.Setenv("SHORT", dir)
+			bare, _, _ := strings.Cut(env.Getenv("PATH"), string(os.PathListSeparator))
+			env.Setenv("BARE", bare)
 			return err
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){

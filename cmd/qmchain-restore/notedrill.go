@@ -60,6 +60,10 @@ func (c *noteDrillCmd) Run(ctx context.Context, fsys durable.FS, std pipes) erro
 	if !slices.ContainsFunc(folders, func(f repo.Folder) bool { return f.ID == d.ID && !f.Base }) {
 		return fmt.Errorf("guest %s: point %s: %w", c.Guest, d.ID, chain.ErrNoPoint)
 	}
+	known, err := g.Checked()
+	if err == nil && slices.ContainsFunc(known.Drilled, func(k repo.Drilled) bool { return k.Point == d.ID && k.Time.After(d.Time) }) {
+		return fmt.Errorf("guest %s: the result of a later drill of point %s is there already", c.Guest, d.ID)
+	}
 	return g.NoteChecked(ctx, d.record())
 }
 

@@ -8,9 +8,11 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"time"
 
 	"qmchain/chain"
 	"qmchain/chain/image"
+	"qmchain/chain/repo"
 	"qmchain/chain/verify"
 	"qmchain/cmd/internal/points"
 	"qmchain/internal/ui"
@@ -29,18 +31,29 @@ func openPoint(dir, name string) (*point, error) {
 	return &point{p}, nil
 }
 
-// damage warns of what verify has found of disks, and returns it by their names.
-func (p *point) damage(u *ui.UI, names []string) map[string]error {
+// damage warns of what verify has found of disks, and returns it by their names: without what looks would have found again, which
+// have found the disks good. Those may not be on record, as of a repository that is read-only.
+func (p *point) damage(u *ui.UI, names []string, looks ...repo.Verified) map[string]error {
 	found, err := p.Damage(names)
 	if err != nil {
 		u.Log.Warnf("what verify has found is not known: %v", err)
 	}
+	damage := map[string]error{}
 	for _, name := range names {
-		if found[name] != nil {
-			u.Log.Warn(found[name])
+		v, known := found[name]
+		if !known || slices.ContainsFunc(looks, func(look repo.Verified) bool { return look.Clears(v) }) {
+			continue
 		}
+		damage[name] = fmt.Errorf("disk %s: %w", name, v.Err())
+		u.Log.Warn(damage[name])
 	}
-	return found
+	return damage
+}
+
+// notReplaced refuses to write what is known to be damaged over something that may be good.
+func (p *point) notReplaced(damage error, over, hint string) error {
+	err := fmt.Errorf("%s: nothing is restored: %s is not replaced with what is known to be damaged: %w", p.Name(), over, damage)
+	return ui.Exit(ui.ExitDamaged, ui.Hint(err, hint+"; `qmchain-restore verify` names the points that are still good"))
 }
 
 // restoredDamaged is the error at the end of a restore from images that are known to be damaged. Nothing in what was written
@@ -52,23 +65,23 @@ func restoredDamaged(p *point, damage map[string]error) error {
 }
 
 // checkSums compares the image files that disks are read from with their check sums, as verify does, and refuses damage and what
-// can't be told from it.
-func (p *point) checkSums(ctx context.Context, u *ui.UI, names []string) error {
+// can't be told from it. What it returns is that they are good, and how far that was looked at.
+func (p *point) checkSums(ctx context.Context, u *ui.UI, names []string) (look repo.Verified, err error) {
 	check := verify.Checker{Set: p.Set, Disks: names}
-	var err error
 	if check.QemuImg, err = exec.LookPath("qemu-img"); err != nil {
 		check.QemuImg = ""
 		u.Log.Warn("qemu-img is not installed: whether the tables of the images contradict one another is not looked at")
 	}
 	bars := u.NewProgress("checked")
 	check.Progress = bars.Bar("check sums", 0).Set
+	began := time.Now()
 	g, err := check.Guest(ctx, p.Guest.Name, string(p.ID))
 	bars.Done()
 	if err != nil {
-		return err
+		return look, err
 	}
 	if len(names) == len(p.Disks) { // else the point's other disks would count as good
-		noteVerified(ctx, u, check, g)
+		noteVerified(ctx, u, check, began, g)
 	}
 	var wrong []string
 	for _, f := range g.Findings {
@@ -84,11 +97,11 @@ func (p *point) checkSums(ctx context.Context, u *ui.UI, names []string) error {
 	switch g.State {
 	case verify.Damaged:
 		err := fmt.Errorf("%s: %w", what, chain.ErrDamaged)
-		return ui.Exit(ui.ExitDamaged, ui.Hint(err, "`qmchain-restore verify` names the points that are still good; without --verify what is left of this one is restored"))
+		return look, ui.Exit(ui.ExitDamaged, ui.Hint(err, "`qmchain-restore verify` names the points that are still good; without --verify what is left of this one is restored"))
 	case verify.Unknown:
-		return ui.Exit(ui.ExitFailed, errors.New(what))
+		return look, ui.Exit(ui.ExitFailed, errors.New(what))
 	case verify.Merging:
-		return ui.Exit(ui.ExitBusy, ui.Hint(errors.New(what), "wait for the merge to end, or leave out --verify"))
+		return look, ui.Exit(ui.ExitBusy, ui.Hint(errors.New(what), "wait for the merge to end, or leave out --verify; one that was cut off is ended by `qmchain-backup prune --keep-all`"))
 	}
-	return nil
+	return repo.Verified{Point: p.ID, Time: stamp(began), Tables: check.QemuImg != "", Good: true}, nil
 }

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/dustin/go-humanize"
 
@@ -134,6 +135,7 @@ func (c *verifyCmd) verify(ctx context.Context, u *ui.UI, check verify.Checker, 
 	defer bars.Done()
 	for _, a := range guests {
 		check.Progress = bars.Bar(a.guest, 0).Set
+		began := time.Now()
 		g, err := check.Guest(ctx, a.guest, a.points...)
 		if err == nil && len(c.What) > 0 && len(g.Points)+len(g.Findings) == 0 {
 			err = fmt.Errorf("guest %s has no point: %w", a.guest, chain.ErrNoPoint)
@@ -153,7 +155,7 @@ func (c *verifyCmd) verify(ctx context.Context, u *ui.UI, check verify.Checker, 
 		}
 		out.Guests = append(out.Guests, g)
 		out.State = verify.Worse(out.State, g.State)
-		noteVerified(ctx, u, check, g)
+		noteVerified(ctx, u, check, began, g)
 	}
 	return failed
 }

@@ -14,6 +14,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
+	"qmchain/chain/repo"
 	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
 	"qmchain/internal/durable"
@@ -130,19 +131,22 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 	for _, n := range plan.Notes {
 		u.Log.Warn(n.Text)
 	}
-	var damage map[string]error // of which --verify knows better
-	if !c.Verify || c.DryRun {
-		damage = p.damage(u, names)
+	var looks []repo.Verified
+	if c.Verify && !c.DryRun {
+		look, err := p.checkSums(ctx, u, names)
+		if err != nil {
+			return err
+		}
+		looks = append(looks, look)
 	}
+	damage := p.damage(u, names, looks...)
 	out := c.result(p, plan, sizes)
 	for _, name := range names {
 		if damage[name] != nil {
 			out.Notes = append(out.Notes, damage[name].Error())
-		}
-	}
-	if c.Verify && !c.DryRun {
-		if err := p.checkSums(ctx, u, names); err != nil {
-			return err
+			if site.Old != nil {
+				return p.notReplaced(damage[name], "VM "+o.VMID.String(), "with --vmid N in place of --force a VM of its own is made")
+			}
 		}
 	}
 	if !c.DryRun {

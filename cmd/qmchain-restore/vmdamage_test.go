@@ -13,7 +13,7 @@ import (
 // Damage that only check sums show keeps a VM from being made with --verify; without it the VM is made, and what is known is told.
 func TestVMDamaged(t *testing.T) {
 	t.Parallel()
-	r := newVMRig(t, fullConfig)
+	r := newVMRig(t, strings.Replace(fullConfig, "protection: 1\n", "", 1))
 	before := r.state()
 	full := r.guest.ImagePath(r.guest.Points[0].ID, "efidisk0")
 	info, err := os.Stat(full)
@@ -44,9 +44,17 @@ func TestVMDamaged(t *testing.T) {
 		t.Errorf("exit code %d: %s%s", code, out, stderr)
 	}
 	r.holds(r.config(212), "scsi0", "virtio1")
+
+	before = r.state()
+	for _, more := range [][]string{nil, {"--dry-run"}, {"--staging", r.t.TempDir()}} {
+		r.fails(5, "VM 212 is not replaced with what is known to be damaged", append([]string{"--vmid", "212", "--force"}, more...)...)
+	}
+	r.unchanged("with --force", before)
+	r.must("--vmid", "212", "--force", "--disk", "scsi0")
 	r.must("--vmid", "213", "--disk", "scsi0", "--disk", "virtio1", "--verify") // which it does not concern
 
 	spoil()
+	r.must("--vmid", "212", "--force", "--verify")
 	r.must("--vmid", "214", "--verify")
 	r.holds(r.config(214), "scsi0", "virtio1", "efidisk0")
 }

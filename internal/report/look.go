@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -93,7 +91,7 @@ func lookAt(set source.Set, name string, o Options) (*Guest, error) {
 		if err != nil {
 			return nil, err
 		}
-		g.addChecked(guest)
+		g.addChecked(guest, points.All)
 		g.unfinished(guest)
 	}
 	for _, w := range points.Warnings {
@@ -240,8 +238,8 @@ func missing(from *source.Points, m *chain.Manifest, d *chain.Disk) string {
 	return ""
 }
 
-// addChecked takes in what verify and drill have found.
-func (g *Guest) addChecked(guest *repo.Guest) {
+// addChecked takes in what verify and drill have found. What is damaged is worked out as for all who read points.
+func (g *Guest) addChecked(guest *repo.Guest, points chain.Points) {
 	checked, err := guest.Checked()
 	if err != nil {
 		g.remark(Warning, "when it was verified and drilled can't be told: %v", err)
@@ -259,9 +257,6 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 			continue
 		}
 		one := Verified{Point: v.Point, Time: v.Time.UTC(), Deep: v.Deep, Good: v.Good, Why: v.Why}
-		if !v.Good {
-			p.Damage = append(p.Damage, fmt.Sprintf("verify found on %s: %s", minute(v.Time), v.Why))
-		}
 		// Of two looks, of which none saw all that the other did, the one that found damage counts.
 		if p.Verified == nil || p.Verified.Good && (!one.Good || one.Time.After(p.Verified.Time)) {
 			p.Verified = &one
@@ -270,7 +265,18 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 			g.Verified = &one
 		}
 	}
-	g.suspect(checked.Verified)
+	damaged := checked.Damaged(points)
+	for _, m := range points {
+		p := byID[string(m.ID)]
+		if p == nil {
+			continue
+		}
+		for i := range m.Disks {
+			if v, ok := damaged[m.Ref(m.Disks[i].Name)]; ok {
+				p.Damage = append(p.Damage, fmt.Sprintf("disk %s: verify found on %s, at %s: %s", m.Disks[i].Name, minute(v.Time), v.Point, v.Why))
+			}
+		}
+	}
 	for _, d := range checked.Drilled {
 		p := byID[string(d.Point)]
 		if p == nil {
@@ -280,40 +286,6 @@ func (g *Guest) addChecked(guest *repo.Guest) {
 		p.Drilled = &one
 		if g.Drilled == nil || one.Time.After(g.Drilled.Time) {
 			g.Drilled = &one
-		}
-	}
-}
-
-// imageRE finds the points whose images verify has named as damaged.
-var imageRE = regexp.MustCompile(`images/([0-9]{8}T[0-9]{6}Z-[0-9a-f]+)\.`)
-
-// suspect marks what rests on images that verify has found damaged below a point: all points that are made on them, and were not
-// found good since. Where no image is named that is the point's own.
-func (g *Guest) suspect(verified []repo.Verified) {
-	below := map[string]map[string]bool{} // by point: those that it rests on, with itself
-	for _, p := range g.Points {          // parents first
-		on := map[string]bool{p.ID: true}
-		for _, parent := range p.Parents {
-			maps.Copy(on, below[parent])
-		}
-		below[p.ID] = on
-	}
-	const oneRun = 10 * time.Second // of verify, which notes all points when it is through
-	for _, v := range verified {
-		if v.Good {
-			continue
-		}
-		damaged := []string{string(v.Point)}
-		for _, m := range imageRE.FindAllStringSubmatch(v.Why, -1) {
-			damaged = append(damaged, m[1])
-		}
-		for i := range g.Points {
-			p := &g.Points[i]
-			since := p.Verified != nil && p.Verified.Good && p.Verified.Time.After(v.Time.Add(-oneRun))
-			rests := slices.ContainsFunc(damaged, func(id string) bool { return below[p.ID][id] })
-			if p.ID != string(v.Point) && !p.Removed && rests && len(p.Damage) == 0 && !since {
-				p.Damage = append(p.Damage, fmt.Sprintf("verify found damage below it on %s, at %s: verify it, too", minute(v.Time), v.Point))
-			}
 		}
 	}
 }

@@ -173,15 +173,16 @@ func TestLookDamage(t *testing.T) {
 				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[1].ID, Time: began, Why: "scsi0 (a file)"}}})
 			},
 			[]int{1, 2, 3},
-			"(?s)verify found on 2026-11-20 10:15 UTC: scsi0 .a file..*verify found damage below it",
+			"(?s)disk scsi0: verify found on 2026-11-20 10:15 UTC, at 20261120T1.*: scsi0 .a file.\ndisk scsi1: verify found",
 		},
 		"verify has found it, in the full": {
 			func(t *testing.T, g *repotest.Guest) {
 				why := "scsi0 (110/images/" + string(g.Points[0].ID) + ".scsi0.qcow2)"
-				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[3].ID, Time: began, Why: why}}})
+				disks := []repo.DamagedDisk{{Name: "scsi0", Images: []chain.ImageRef{g.Points[0].Ref("scsi0")}}}
+				checked(t, g, repo.Checked{Verified: []repo.Verified{{Point: g.Points[3].ID, Time: began, Why: why, Disks: disks}}})
 			},
 			[]int{0, 1, 2, 3},
-			"verify found damage below it",
+			`^(disk scsi0: verify found on .*, at .*: scsi0 \(110/images/.*\n){4}$`,
 		},
 		"verify has found it, and others of the chain to be good": {
 			func(t *testing.T, g *repotest.Guest) {
@@ -193,7 +194,7 @@ func TestLookDamage(t *testing.T) {
 				}})
 			},
 			[]int{1, 2},
-			"verify found damage below it on 2026-11-20 10:15 UTC, at ",
+			"verify found on 2026-11-20 10:15 UTC, at ",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -233,6 +234,26 @@ func checked(t *testing.T, g *repotest.Guest, c repo.Checked) {
 	t.Helper()
 	if err := g.NoteChecked(t.Context(), c); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What was mended is whole, also in points that came later and that nobody has verified yet: as for all others who read points.
+func TestLookMended(t *testing.T) {
+	t.Parallel()
+	dir, made := fourPoints(t)
+	mended, good := made.Points[0], made.Points[1]
+	disks := []repo.DamagedDisk{{Name: "scsi0", Images: []chain.ImageRef{mended.Ref("scsi0")}}}
+	why := "scsi0 (110/images/" + string(mended.ID) + ".scsi0.qcow2)"
+	checked(t, made, repo.Checked{Verified: []repo.Verified{{Point: mended.ID, Time: began, Why: why, Disks: disks}}})
+	if err := made.Hide(mended.ID); err != nil {
+		t.Fatal(err)
+	}
+	if g := look(t, dir, usual).Guests[0]; g.State != Bad || !strings.Contains(texts(g), "3 of 3 points are not whole") {
+		t.Errorf("before: %s", texts(g))
+	}
+	checked(t, made, repo.Checked{Verified: []repo.Verified{{Point: good.ID, Time: began.Add(time.Hour), Good: true}}})
+	if g := look(t, dir, usual).Guests[0]; g.State != Good || len(g.Remarks) > 0 {
+		t.Errorf("after: %s: %s: %+v", g.State, texts(g), g.Points)
 	}
 }
 
@@ -282,7 +303,7 @@ func TestLookChecked(t *testing.T) {
 	}
 
 	// Damage that a deep look has found stays, until another one finds none.
-	checked(t, made, repo.Checked{Verified: []repo.Verified{{Point: p[3].ID, Time: at(5), Deep: true, Why: "scsi0"}}})
+	checked(t, made, repo.Checked{Verified: []repo.Verified{{Point: p[3].ID, Time: at(5), Deep: true, Why: "scsi0", Disks: []repo.DamagedDisk{{Name: "scsi0"}}}}})
 	checked(t, made, repo.Checked{Verified: []repo.Verified{{Point: p[3].ID, Time: at(6), Good: true}}})
 	if g := look(t, dir, usual).Guests[0]; g.State != Bad || g.Points[3].Verified.Good || len(g.Points[3].Damage) != 1 {
 		t.Errorf("%s: %+v", texts(g), g.Points[3])

@@ -62,7 +62,7 @@ func TestPicture(t *testing.T) {
 			t.Fatalf("the picture is %g wide, and now is at %g", picture.Width, picture.Now)
 		}
 		for i := 1; i < len(picture.Dates); i++ {
-			if picture.Dates[i].X-picture.Dates[i-1].X < dateStep {
+			if picture.Dates[i].X-picture.Dates[i-1].X < dateStep-0.01 {
 				t.Fatalf("dates lie on one another: %+v", picture.Dates)
 			}
 		}

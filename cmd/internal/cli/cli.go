@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,6 +77,9 @@ func MainOf(run func(ctx context.Context, args []string, env Env) (code int)) {
 // type. Commands that work on several guests are given it: each guest can have settings of its own.
 type Again func(guest string, grammar any) error
 
+// Named is a VM's name in repositories: its VMID, unless its section of the configuration file has another.
+type Named func(vmid string) string
+
 // exit is panicked with where kong ends the program: after --help and --version.
 type exit struct {
 	code int
@@ -116,6 +120,8 @@ func (p Program) Run(ctx context.Context, args []string, env Env) (code int) {
 		_, err := p.parse(args, env, guest, grammar)
 		return err
 	}))
+	file, _ := conf.Find(env.Getenv(conf.Variable), env.Config) // which parse was content with
+	kctx.Bind(Named(func(vmid string) string { return cmp.Or(file.Of(vmid, "name"), vmid) }))
 	return u.Finish(explainSystem(p.Explain(kctx.Run())))
 }
 

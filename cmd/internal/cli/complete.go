@@ -50,6 +50,16 @@ var OfferFiles = Offer{Word: ":file"}
 // letters, or what its tag complete says.
 type Sources map[string]func(*Line) []Offer
 
+// Words is the source of words that are always the same.
+func Words(words ...string) func(*Line) []Offer {
+	return func(*Line) (offers []Offer) {
+		for _, w := range words {
+			offers = append(offers, Offer{Word: w})
+		}
+		return offers
+	}
+}
+
 // Line is a command line up to the cursor.
 type Line struct {
 	Word string   // what there is of the word at the cursor; of a flag, of its value

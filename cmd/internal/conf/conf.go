@@ -155,6 +155,15 @@ func (f *File) Shared(key string) string {
 	return text
 }
 
+// Of is what a key in a guest's own section says, if that is a text.
+func (f *File) Of(guest, key string) string {
+	if f == nil {
+		return ""
+	}
+	text, _ := f.guests[guest][key].(string)
+	return text
+}
+
 func (f *File) subsections(table map[string]any) (map[string]map[string]any, error) {
 	guests := map[string]map[string]any{}
 	f.hooks = map[string]map[string]any{}

@@ -14,6 +14,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/image"
+	"qmchain/chain/repo"
 	"qmchain/chain/source"
 	"qmchain/cmd/internal/similar"
 	"qmchain/internal/ui"
@@ -208,7 +209,7 @@ func (p *Point) OpenDisks(names []string) (disks []Disk, closeAll func(), err er
 
 // Damage returns what verify has found wrong with the images that disks are read from, though they can be opened: by the
 // disk, errors that wrap chain.ErrDamaged. It looks at no image. Its own error says that what was found is not known.
-func (p *Point) Damage(names []string) (found map[string]error, err error) {
+func (p *Point) Damage(names []string) (found map[string]repo.Verified, err error) {
 	r := source.Repository(p.Set)
 	if r == nil {
 		return nil, nil // nobody keeps it of a foreign set
@@ -218,10 +219,10 @@ func (p *Point) Damage(names []string) (found map[string]error, err error) {
 		return nil, err
 	}
 	damaged, err := g.Damaged(p.From.All)
-	found = map[string]error{}
+	found = map[string]repo.Verified{}
 	for _, name := range names {
 		if v, ok := damaged[p.Ref(name)]; ok {
-			found[name] = fmt.Errorf("disk %s: %w", name, v.Err())
+			found[name] = v
 		}
 	}
 	return found, err

@@ -244,7 +244,7 @@ type claim struct {
 
 var claims = []claim{
 	{
-		"A slow or full target, or a full fleece, fails the backup and never the guest's own writes.",
+		"A target or fleece that is too slow or full fails the backup, not the guest's own writes.",
 		[]string{"GuestLatency/target=slow p99-x-none", "GuestLatency/target=slow p99-x-direct"},
 	},
 	{
