@@ -85,10 +85,13 @@ func (s Socket) Ask(ctx context.Context, p *Process) (Answer, error) {
 	defer cancel()
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", s.Path())
+	var late net.Error
 	switch {
 	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED):
 		return AnswerNone, nil
-	case errors.Is(err, syscall.EAGAIN): // others wait already
+	case err != nil && errors.Is(ctx.Err(), context.Canceled):
+		return "", ctx.Err()
+	case errors.As(err, &late) && late.Timeout(): // EAGAIN, where others wait already, is one too
 		return AnswerBusy, nil
 	case err != nil:
 		return "", fmt.Errorf("backup socket of VM %s: %w", s.VMID, err)
