@@ -175,7 +175,7 @@ func TestMarkdown(t *testing.T) {
 		"| form | quick, 2026-11-20 10:15 UTC |\n",
 		"| processor | a\\|b |\n",
 		"| load when cases began | 0.5 to 1.5 |\n",
-		"not the guest's own writes. | 99 of 100 writes within, beside no backup | **0.8** (0.727 to 0.889) |\n",
+		"not the guest's own writes. | The guest's own writes during a backup: slow target: 99 of 100 writes within, beside no backup | **0.8** (0.727 to 0.889) |\n",
 		"so that one full is enough | Merge written-x-full | not measured |\n",
 		"| | | qmchain | qemu-storage-daemon, FUSE export | a raw file | qemu-nbd, nbdfuse |\n|---|---|---|---|---|---|\n",
 		"| 1 point | sequential, 1 MiB | 3,000 MB/s | **3** (2.7 to 3.3); 1,000 MB/s; aim 3.5 **not reached** | **0.5** (0.45 to 0.55); 6,000 MB/s; aim 0.35 |  |\n",

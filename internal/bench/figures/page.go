@@ -48,15 +48,27 @@ func loads(cases []Case) string {
 func writeClaims(w *strings.Builder, r Run) {
 	w.WriteString("\n## What the README says\n\n| | shown by | times as good |\n|---|---|---|\n")
 	for _, c := range claims {
+		words := c.words // on the first of its lines alone
 		for _, id := range c.figures {
-			f, ok := r.figure(id)
-			if !ok {
-				fmt.Fprintf(w, "| %s | %s | not measured |\n", cell(c.words), cell(id))
-				continue
+			shown, ratio := id, "not measured"
+			if f, ok := r.figure(id); ok {
+				shown, ratio = where(f)+", beside "+label(peers, f.Peer), spread(SpreadOf(f.Ratios()))
 			}
-			fmt.Fprintf(w, "| %s | %s, beside %s | %s |\n", cell(c.words), label(names, f.Name), label(peers, f.Peer), spread(SpreadOf(f.Ratios())))
+			fmt.Fprintf(w, "| %s | %s | %s |\n", cell(words), cell(shown), ratio)
+			words = ""
 		}
 	}
+}
+
+// where is a figure's place on the page: its section, case and name.
+func where(f Figure) string {
+	for _, s := range sections {
+		if m := s.cases.FindStringSubmatch(f.Case); m != nil {
+			parts := slices.DeleteFunc([]string{s.title, caseLabel(m[1]), label(names, f.Name)}, func(p string) bool { return p == "" })
+			return strings.Join(parts, ": ")
+		}
+	}
+	return f.ID()
 }
 
 func (r Run) figure(id string) (Figure, bool) {

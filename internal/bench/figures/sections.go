@@ -217,10 +217,8 @@ var aims = []aim{
 	{"Mount/tar tar-cold-x-raw", 1 / 1.5},
 	{"Restore/points=1 image-x-qemu", 1},
 	{"Restore/points=30 image-x-qemu", 3},
-	{"Restore/points=100 image-x-qemu", 3},
 	{"Restore/points=200 image-x-qemu", 3},
 	{"Restore/points=365 image-x-qemu", 3},
-	{"Restore/points=100 peak-MB", 200},
 	{"Restore/points=200 peak-MB", 200},
 	{"Restore/points=365 peak-MB", 200},
 	{"IdleIncrement/qemu=7.2 tool-ms", 150},
@@ -250,5 +248,19 @@ var claims = []claim{
 	{
 		"points are merged, so that one full is enough",
 		[]string{"Merge written-x-full"},
+	},
+	{
+		"At the end of a chain of 365 points a disk opens, and reads, several times as fast as through QEMU's own FUSE export, and about as fast as at its beginning.",
+		[]string{
+			"Mount/open/points=365 first-byte-x-daemon",
+			"Mount/warm/points=365 seq-x-daemon",
+			"Mount/warm/points=365 qd16-x-daemon",
+			"Mount/flat/points=365 seq-x-one",
+			"Mount/flat/points=365 qd16-x-one",
+		},
+	},
+	{
+		"From the end of a long chain it is restored in less than half of the time that `qemu-img convert` takes.",
+		[]string{"Restore/points=200 image-x-qemu"},
 	},
 }
