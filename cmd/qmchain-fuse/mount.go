@@ -94,6 +94,9 @@ func (c *mountCmd) serve(ctx context.Context, u *ui.UI, opts options) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return ui.Exit(ui.ExitNotFound, ui.Hint(err, "`mkdir "+mnt+"` makes it"))
 	}
+	if errors.Is(err, context.Canceled) {
+		return fmt.Errorf("ended before the mount was ready: %w", err)
+	}
 	if err != nil {
 		return err
 	}

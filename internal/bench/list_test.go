@@ -45,7 +45,9 @@ func BenchmarkList(b *testing.B) {
 			name string
 			do   func()
 		}{
-			{"cat-list", func() { said("sh", "-c", `find "$1" -name point.json -exec cat {} +`, "sh", dir) }},
+			{"cat-list", func() {
+				said("sh", "-c", `find "$1" -name images -prune -o -name point.json -exec cat {} + >/dev/null`, "sh", dir)
+			}},
 			{"ours-list", func() {
 				if n := said(program, "list", "--repo", dir); n < points {
 					b.Fatalf("%d lines for %d points", n, points)

@@ -33,7 +33,7 @@ var (
 //   - daemon, qemu-storage-daemon's FUSE export of the same chain;
 //   - nbdfuse, a file that nbdfuse makes of qemu-nbd's export; nbdkit, the same with nbdkit's proxy between the two;
 //   - raw, a raw file;
-//   - backing, the chain's own image files, one after the other or at random in all of them.
+//   - backing, the chain's own image files, one after the other or at random in all of them, through the page cache as well.
 //
 // Readers and servers are processes of their own. What is read is sequential, in pieces of 1 MiB, or 4 KiB at random, by one
 // reader (qd1) or by 16 at a time (qd16). Before each turn the kernel forgets what it has of the mounts' own files. Each
@@ -48,7 +48,7 @@ var (
 //   - open: from the servers' start to the first byte of the last point, their memory, and the list of all extents with data.
 //   - huge: a disk of 1 TiB with 200,000 clusters here and there, all of which were read.
 //   - compressed: fulls with zlib and zstd.
-//   - tar: of a file system with many files in a disk that is mounted by a loop device. For root alone.
+//   - tar: of a file system with many files in a disk that is mounted by a loop device; warm is as above. For root alone.
 func BenchmarkMount(b *testing.B) {
 	m := &mountBench{dir: cmp.Or(*mountDir, b.TempDir()), program: filepath.Join(b.TempDir(), "qmchain-fuse")}
 	build(b, m.program, "qmchain/cmd/qmchain-fuse")
@@ -184,8 +184,11 @@ func (m *mountBench) flat(b *testing.B, n int) {
 	held := hold(b, first)
 	defer held.Close()
 	ours, one := way{name: "ours", files: []string{file}, server: mount}, way{name: "one", files: []string{first}, server: mount}
-	job{Workers: 1, Block: large, Files: []string{file, first}}.read(b) // all images are in the cache now
 	once(b, func() {
+		coldOurs, coldOne := ours, one
+		coldOurs.backing, coldOne.backing = m.chain.images(n), m.chain.images(0)
+		try(b, sequential, coldOne, coldOurs).report(b, "seq-cold", "one")
+		job{Workers: 1, Block: large, Files: []string{file, first}}.read(b) // all images are in the cache now
 		t := try(b, sequential, one, ours)
 		t.report(b, "seq", "one")
 		t.reportCPU(b, "one")
@@ -235,17 +238,21 @@ func (m *mountBench) tar(b *testing.B) {
 		}
 	}
 	run(b, "mkfs.ext4", "-q", "-d", tree, raw, "1G")
+	run(b, "sync", raw) // what is not on the disk yet can't be dropped from the cache
 	c := newMountChain(b, m.folder(b, "repository-"))
 	c.full(raw, "")
 	c.rewrite(20, raw)
-	mount := serveMount(b, m.program, c.dir())
+	last := len(c.points) - 1
+	images := c.images(last)
 	ways := []struct {
 		name, file string
 		backing    []string
 	}{
 		{"raw", raw, []string{raw}},
-		{"ours", mount.disk(string(c.points[len(c.points)-1].ID)), c.images(len(c.points) - 1)},
+		{"daemon", serveDaemon(b, c.image(last)).mount, images},
+		{"ours", serveMount(b, m.program, c.dir()).disk(string(c.points[last].ID)), images},
 	}
+	job{Workers: 1, Block: large, Files: append(images, raw), Keep: true}.read(b) // they are in the cache now
 	r := rounds{}
 	once(b, func() {
 		for _, temperature := range []string{"warm", "cold"} {
@@ -255,12 +262,17 @@ func (m *mountBench) tar(b *testing.B) {
 					if temperature == "cold" {
 						dropCache(b, w.backing...)
 					}
+					if w.name != "raw" {
+						dropCache(b, w.file)
+					}
 					r.add(w.name+"-tar-"+temperature, pack(b, w.file))
 				}
 			}
 		}
 	})
-	record(b, r.beside("tar-warm", "s", "raw"), r.beside("tar-cold", "s", "raw"))
+	for _, peer := range []string{"raw", "daemon"} {
+		record(b, r.beside("tar-warm", "s", peer), r.beside("tar-cold", "s", peer))
+	}
 	b.Logf("%v; load %s", r, load())
 }
 
@@ -268,7 +280,6 @@ func (m *mountBench) tar(b *testing.B) {
 func pack(b *testing.B, file string) float64 {
 	b.Helper()
 	mnt := b.TempDir()
-	dropCache(b, file)
 	run(b, "mount", "-t", "ext4", "-o", "ro,noload,loop", file, mnt)
 	defer run(b, "umount", mnt)
 	began := time.Now()

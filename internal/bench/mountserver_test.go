@@ -22,7 +22,8 @@ type server struct {
 	mount string // what it serves: a folder or a file
 	place string // where it is mounted
 	said  strings.Builder
-	under []*server // which it gets its data from
+	ended chan error // what Wait returned
+	under []*server  // which it gets its data from
 	// unmounting ends it; a signal would be a failure to it.
 	unmounting bool
 }
@@ -30,22 +31,30 @@ type server struct {
 // serverLimit bounds how long a server may take to come up, and to end.
 const serverLimit = time.Minute
 
+// stopDelay lets a server that answers already come to the end of its start: to be told to end before that is a failure to it.
+const stopDelay = 50 * time.Millisecond
+
 // serve starts a program that mounts at a path, and waits until ready.
 func serve(b *testing.B, mount string, ready func() bool, program string, args ...string) *server {
 	b.Helper()
-	s := &server{b: b, mount: mount, place: mount, cmd: exec.Command(program, args...)}
+	s := &server{b: b, mount: mount, place: mount, cmd: exec.Command(program, args...), ended: make(chan error, 1)}
 	s.cmd.Stderr = &s.said
 	// In a group of its own: what interrupts the benchmark leaves its end to us.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
+	go func(cmd *exec.Cmd) { s.ended <- cmd.Wait() }(s.cmd)
 	b.Cleanup(s.stop)
-	for end := time.Now().Add(serverLimit); !ready(); {
-		if time.Now().After(end) {
-			b.Fatalf("%s does not answer: %s", program, s.said.String())
+	for end := time.After(serverLimit); !ready(); {
+		select {
+		case err := <-s.ended:
+			s.cmd = nil
+			b.Fatalf("%s ended at once: %v: %s", program, err, s.said.String())
+		case <-end:
+			b.Fatalf("%s does not answer", program)
+		case <-time.After(time.Millisecond):
 		}
-		time.Sleep(time.Millisecond)
 	}
 	return s
 }
@@ -55,13 +64,14 @@ func (s *server) stop() {
 	if s.cmd == nil {
 		return
 	}
+	time.Sleep(stopDelay)
 	if s.unmounting {
 		_ = exec.Command("fusermount3", "-u", s.place).Run() // if it fails, the kill comes
 	} else {
 		_ = s.cmd.Process.Signal(syscall.SIGTERM)
 	}
 	kill := time.AfterFunc(serverLimit, func() { _ = s.cmd.Process.Kill() })
-	if err := s.cmd.Wait(); err != nil {
+	if err := <-s.ended; err != nil {
 		s.b.Errorf("%s: %v: %s", s.cmd.Path, err, s.said.String())
 	}
 	kill.Stop()

@@ -34,7 +34,7 @@ var (
 //
 //   - qmchain-restore image, which syncs what it has written;
 //   - qemu-img convert of the same chain, and a sync;
-//   - cp --sparse=always of the restored file, and a sync: what copying alone takes.
+//   - cp of the restored file, and a sync: what copying alone takes.
 //
 // It reports the medians of
 //
@@ -158,7 +158,7 @@ func (r *restoring) qemu(out string) {
 	r.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", r.guest.ImagePath(r.id, "scsi0"), out)
 }
 
-func (r *restoring) cp(out string) { r.run("cp", "--sparse=always", r.file("kept"), out) }
+func (r *restoring) cp(out string) { r.run("cp", r.file("kept"), out) }
 
 func (r *restoring) run(name string, args ...string) {
 	r.b.Helper()

@@ -88,7 +88,7 @@ func SpreadOf(values []float64) Spread {
 // Run is one call of the benchmarks.
 type Run struct {
 	Form    string    `json:"form"`    // quick or full
-	Time    time.Time `json:"time"`    // when it began
+	Time    time.Time `json:"time"`    // when it began; that of most of its cases, where others were measured again
 	Version string    `json:"version"` // of qmchain
 	Machine []Fact    `json:"machine"`
 	Cases   []Case    `json:"cases"`
@@ -108,6 +108,9 @@ type Case struct {
 	CPU     float64 `json:"cpu"`             // of the processors' time, in seconds
 	Load    float64 `json:"load"`            // of the machine, when it began
 	Error   string  `json:"error,omitempty"` // why not all of it was measured
+	// Time and Version are those of the run that the case is of.
+	Time    time.Time `json:"time"`
+	Version string    `json:"version,omitempty"`
 }
 
 // Write writes a figure as one line.

@@ -23,8 +23,9 @@ func (f Fall) String() string {
 		number(f.Was.Median), number(f.Was.Min), number(f.Was.Max))
 }
 
-// Fallen are the ratios that have fallen since the run before by more than a fifth and that are below all of its rounds:
-// what varies by so much from round to round is no fall. Those of cases that failed are missing. Times are not looked at.
+// Fallen are the ratios that have fallen since the run before by more than a fifth, and that have not reached what they were in any
+// round now: what varies by so much from round to round is no fall. Those of cases that failed are missing. Times are not
+// looked at.
 func Fallen(before, now Run) []Fall {
 	var falls []Fall
 	for _, was := range before.Figures {
@@ -39,7 +40,7 @@ func Fallen(before, now Run) []Fall {
 			continue
 		}
 		fall.Now = SpreadOf(now.Figures[i].Ratios())
-		if fall.Now.Median < tolerated*fall.Was.Median && fall.Now.Median < fall.Was.Min {
+		if fall.Now.Median < tolerated*fall.Was.Median && fall.Now.Max < fall.Was.Median {
 			falls = append(falls, fall)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // pageHead is the beginning of the page.
@@ -20,18 +21,20 @@ func Markdown(r Run, plots string) []byte {
 	var w strings.Builder
 	w.WriteString(pageHead)
 	fmt.Fprintf(&w, "\n## The run\n\n| | |\n|---|---|\n| form | %s, %s |\n| qmchain | %s |\n",
-		r.Form, r.Time.UTC().Format("2006-01-02 15:04 UTC"), cell(r.Version))
+		r.Form, day(r.Time), cell(r.Version))
 	for _, f := range r.Machine {
 		fmt.Fprintf(&w, "| %s | %s |\n", cell(f.Name), cell(f.Value))
 	}
-	fmt.Fprintf(&w, "| load when cases began | %s |\n", loads(r.Cases))
+	fmt.Fprintf(&w, "| load when cases began, much of it of the case before | %s |\n", loads(r.Cases))
 	writeClaims(&w, r)
 	for _, s := range sections {
 		s.write(&w, r, plots)
 	}
-	writeCases(&w, r.Cases)
+	writeCases(&w, r)
 	return []byte(w.String())
 }
+
+func day(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
 
 // loads tells how much else the machine had to do.
 func loads(cases []Case) string {
@@ -46,13 +49,14 @@ func loads(cases []Case) string {
 }
 
 func writeClaims(w *strings.Builder, r Run) {
-	w.WriteString("\n## What the README says\n\n| | shown by | times as good |\n|---|---|---|\n")
+	w.WriteString("\n## What the README says\n\n| | shown by | times as good, and at least meant |\n|---|---|---|\n")
 	for _, c := range claims {
 		words := c.words // on the first of its lines alone
-		for _, id := range c.figures {
-			shown, ratio := id, "not measured"
-			if f, ok := r.figure(id); ok {
-				shown, ratio = where(f)+", beside "+label(peers, f.Peer), spread(SpreadOf(f.Ratios()))
+		for _, a := range c.ratios {
+			shown, ratio := a.figure, "not measured"
+			if f, ok := r.figure(a.figure); ok {
+				got := SpreadOf(f.Ratios())
+				shown, ratio = where(f)+", beside "+label(peers, f.Peer), spread(got)+a.against(got.Median, false)
 			}
 			fmt.Fprintf(w, "| %s | %s | %s |\n", cell(words), cell(shown), ratio)
 			words = ""
@@ -155,23 +159,33 @@ func aimOf(id string, got float64, less bool) string {
 	if i < 0 {
 		return ""
 	}
-	text := "; aim " + number(aims[i].limit)
-	if less && got > aims[i].limit || !less && got < aims[i].limit {
+	return aims[i].against(got, less)
+}
+
+func (a aim) against(got float64, less bool) string {
+	text := "; aim " + number(a.limit)
+	if less && got > a.limit || !less && got < a.limit {
 		text += " **not reached**"
 	}
 	return text
 }
 
-// writeCases tells what the run was made of, and what went wrong.
-func writeCases(w *strings.Builder, cases []Case) {
+// writeCases tells what the run was made of, what went wrong, and what is of another time than the rest.
+func writeCases(w *strings.Builder, r Run) {
 	w.WriteString("\n## The cases of the run\n\n| | took | processor time | load | |\n|---|--:|--:|--:|---|\n")
-	for _, c := range cases {
+	var took, cpu float64
+	for _, c := range r.Cases {
 		result := "measured"
-		if c.Error != "" {
+		switch {
+		case c.Error != "":
 			result = "**failed**: " + cell(c.Error)
+		case c.Version != "" && (c.Version != r.Version || !c.Time.Equal(r.Time)):
+			result = fmt.Sprintf("measured by itself, with %s, %s", cell(c.Version), day(c.Time))
 		}
 		fmt.Fprintf(w, "| %s | %.0f s | %.0f s | %.1f | %s |\n", cell(c.Name), c.Seconds, c.CPU, c.Load, result)
+		took, cpu = took+c.Seconds, cpu+c.CPU
 	}
+	fmt.Fprintf(w, "| all | %.0f s | %.0f s | | |\n", took, cpu)
 }
 
 // caseLabel reads a part of a benchmark's name: points=200 is 200 points.

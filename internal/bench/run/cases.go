@@ -21,12 +21,12 @@ const smoke, quick, full = "smoke", "quick", "full"
 var cases = []benchCase{
 	{"Mount", map[string]string{
 		smoke: "-mount-size 64MiB -mount-lengths 1,10 -mount-window 50ms -mount-rounds 1 -mount-files 500 -mount-text 32MiB",
-		quick: "-mount-size 384MiB -mount-lengths 1,10,50,200,365 -mount-window 200ms -mount-rounds 3 -mount-files 10000 -mount-text 128MiB",
+		quick: "-mount-size 192MiB -mount-lengths 1,10,50,200,365 -mount-window 150ms -mount-rounds 3 -mount-files 10000 -mount-text 128MiB",
 		full:  "-mount-size 1GiB -mount-lengths 1,10,50,200,365 -mount-window 500ms -mount-rounds 7 -mount-files 50000 -mount-text 256MiB",
 	}},
 	{"Restore", map[string]string{
 		smoke: "-restore-data 64MiB -restore-change 1MiB -restore-lengths 1,10 -restore-rounds 1",
-		quick: "-restore-data 400MiB -restore-change 2MiB -restore-lengths 1,30,200 -restore-rounds 3",
+		quick: "-restore-data 300MiB -restore-change 2MiB -restore-lengths 1,30,200 -restore-rounds 3",
 		full:  "-restore-data 1300MiB -restore-change 5MiB -restore-lengths 1,30,200,365 -restore-rounds 7",
 	}},
 	{"Verify", map[string]string{

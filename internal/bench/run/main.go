@@ -6,13 +6,14 @@
 //
 // It is for root, in the module's folder. Each benchmark is a process in a mount and a PID namespace of its own, with a
 // temporary folder of its own in $TMPDIR or /var/tmp: when it has ended, or was ended as it took too long, nothing of it is left. One
-// that fails is told of on the page, and the others go on; then the exit code is 1. So it is when a ratio has fallen. Before
-// that is said, the case was measured twice.
+// that fails is told of on the page, and the others go on; then the exit code is 1, and the results are in dist/bench: what the
+// tree has stays as it is. The exit code is 1 as well when -check finds that a ratio has fallen. Before that is said, the case
+// was measured twice.
 //
 // With -out FOLDER the record, the page and the plots are there and not in the tree. -form smoke takes a few minutes at most
 // and needs it: its figures mean nothing.
 //
-// With -only the other cases stay in the record as they are.
+// With -only the other cases stay in the record as they are; the page tells which were measured by themselves.
 package main
 
 import (
@@ -45,8 +46,9 @@ func placesOf(form, folder string) places {
 
 // Where other things are, from the module's folder.
 const (
-	benchFolder = "internal/bench"
-	goScript    = "internal/testenv/go.sh"
+	failedFolder = "dist/bench" // results of which some are missing
+	benchFolder  = "internal/bench"
+	goScript     = "internal/testenv/go.sh"
 )
 
 func main() {
@@ -101,6 +103,9 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 		return err
 	}
 	defer m.close()
+	if recorded == nil && !slices.Equal(before.Machine, m.head.Machine) {
+		fmt.Fprintln(out, "the record is of another machine, or of other versions: ratios may differ for that")
+	}
 	now := m.run(ctx, some)
 	if *check {
 		return guard(ctx, m, before, now, some, out)
@@ -109,29 +114,58 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return errors.New("interrupted, nothing was written")
 	}
+	failed := failed(now)
+	if failed != nil && *folder == "" {
+		at = placesOf(form.name, failedFolder)
+		return errors.Join(at.keep(now), fmt.Errorf("%w; the record stays as it was, and what was measured is in %s", failed, failedFolder))
+	}
+	if recorded == nil {
+		for _, f := range figures.Fallen(of(before, some), now) {
+			fmt.Fprintln(out, "fallen since the record before:", f)
+		}
+	}
 	if len(some) < len(cases) && recorded == nil {
 		if now, err = joined(before, now); err != nil {
 			return err
 		}
 	}
-	text, err := now.Encode()
+	return errors.Join(at.keep(now), failed)
+}
+
+// keep writes the record, the page and the plots of a run.
+func (p places) keep(r figures.Run) error {
+	text, err := r.Encode()
 	if err == nil {
-		err = os.MkdirAll(filepath.Dir(at.record), 0o755)
+		err = os.MkdirAll(filepath.Dir(p.record), 0o755)
 	}
 	if err == nil {
-		err = os.WriteFile(at.record, text, 0o644)
+		err = replace(p.record, text)
 	}
 	if err == nil {
-		err = at.write(now)
+		err = p.write(r)
 	}
-	return errors.Join(err, failed(now))
+	return err
+}
+
+// replace writes a file, or leaves it as it was.
+func replace(path string, text []byte) error {
+	if err := os.WriteFile(path+".new", text, 0o644); err != nil {
+		return errors.Join(err, os.Remove(path+".new"))
+	}
+	return os.Rename(path+".new", path)
+}
+
+// of is what a run has of some cases.
+func of(r figures.Run, some []benchCase) figures.Run {
+	r.Figures = slices.DeleteFunc(slices.Clone(r.Figures), func(f figures.Figure) bool {
+		return !slices.ContainsFunc(some, func(c benchCase) bool { return c.owns(f.Case) })
+	})
+	return r
 }
 
 // guard measures cases again in which a ratio has fallen, and fails if it has then fallen, too.
 func guard(ctx context.Context, m *measuring, before, now figures.Run, some []benchCase, out io.Writer) error {
-	before.Figures = slices.DeleteFunc(before.Figures, func(f figures.Figure) bool {
-		return !slices.ContainsFunc(some, func(c benchCase) bool { return c.owns(f.Case) })
-	})
+	before = of(before, some)
 	falls := figures.Fallen(before, now)
 	if len(falls) > 0 && ctx.Err() == nil {
 		fmt.Fprintf(out, "\n%d ratios have fallen; their cases once more\n", len(falls))
@@ -156,7 +190,7 @@ func guard(ctx context.Context, m *measuring, before, now figures.Run, some []be
 	return nil
 }
 
-// joined is the run before with the cases of now in place of its own.
+// joined is the run before with the cases of now in place of its own, in the order that they have in a whole run.
 func joined(before, now figures.Run) (figures.Run, error) {
 	if !slices.Equal(before.Machine, now.Machine) {
 		return now, errors.New("the record is of another machine, or other versions: measure all cases, without -only")
@@ -166,9 +200,14 @@ func joined(before, now figures.Run) (figures.Run, error) {
 		before.Figures = slices.DeleteFunc(before.Figures, func(f figures.Figure) bool { return own.owns(f.Case) })
 		before.Cases = slices.DeleteFunc(before.Cases, func(b figures.Case) bool { return b.Name == c.Name })
 	}
-	now.Figures = append(before.Figures, now.Figures...)
-	now.Cases = append(before.Cases, now.Cases...)
-	return now, nil
+	before.Figures = append(before.Figures, now.Figures...)
+	before.Cases = append(before.Cases, now.Cases...)
+	place := func(name string) int {
+		return slices.IndexFunc(cases, func(c benchCase) bool { return c.owns(name) })
+	}
+	slices.SortStableFunc(before.Figures, func(a, b figures.Figure) int { return place(a.Case) - place(b.Case) })
+	slices.SortStableFunc(before.Cases, func(a, b figures.Case) int { return place(a.Name) - place(b.Name) })
+	return before, nil
 }
 
 // failed tells of cases that went wrong.
@@ -194,7 +233,7 @@ func (p places) write(r figures.Run) error {
 	for _, name := range figures.PlotFiles() {
 		path := filepath.Join(p.plots, name)
 		if plot, ok := plots[name]; ok {
-			err = os.WriteFile(path, plot, 0o644)
+			err = replace(path, plot)
 		} else if err = os.Remove(path); errors.Is(err, os.ErrNotExist) {
 			err = nil
 		}
@@ -206,7 +245,7 @@ func (p places) write(r figures.Run) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(p.page, figures.Markdown(r, filepath.ToSlash(beside)), 0o644)
+	return replace(p.page, figures.Markdown(r, filepath.ToSlash(beside)))
 }
 
 func readRun(path string) (r figures.Run, err error) {

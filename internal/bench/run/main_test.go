@@ -120,12 +120,12 @@ func TestJoined(t *testing.T) {
 		return figures.Figure{Case: of, Name: "n", Unit: "s", Ours: []float64{v}}
 	}
 	before := figures.Run{
-		Machine: machine, Cases: []figures.Case{{Name: "List"}, {Name: "Merge"}},
+		Version: "old", Machine: machine, Cases: []figures.Case{{Name: "List"}, {Name: "Merge"}},
 		Figures: []figures.Figure{figure("List/points=1", 1), figure("Merge", 1)},
 	}
-	now := figures.Run{Machine: machine, Cases: []figures.Case{{Name: "List"}}, Figures: []figures.Figure{figure("List/points=2", 2)}}
+	now := figures.Run{Version: "new", Machine: machine, Cases: []figures.Case{{Name: "List"}}, Figures: []figures.Figure{figure("List/points=2", 2)}}
 	both, err := joined(before, now)
-	if err != nil || len(both.Cases) != 2 || len(both.Figures) != 2 || both.Figures[0].Case != "Merge" || both.Figures[1].Case != "List/points=2" {
+	if err != nil || len(both.Cases) != 2 || len(both.Figures) != 2 || both.Figures[0].Case != "Merge" || both.Figures[1].Case != "List/points=2" || both.Version != "old" {
 		t.Errorf("%v, %v", both, err)
 	}
 	now.Machine = nil

@@ -65,7 +65,7 @@ func (m *measuring) run(ctx context.Context, some []benchCase) figures.Run {
 	began := time.Now()
 	for i, c := range some {
 		fmt.Fprintf(m.out, "\n== %s, %d of %d; %s so far\n", c.name, i+1, len(some), time.Since(began).Round(time.Second))
-		done := figures.Case{Name: c.name, Load: load()}
+		done := figures.Case{Name: c.name, Load: load(), Time: r.Time, Version: r.Version}
 		start := time.Now()
 		found, cpu, err := m.one(ctx, c)
 		done.CPU = cpu.Round(time.Second).Seconds()

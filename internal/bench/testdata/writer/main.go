@@ -62,7 +62,7 @@ func main() {
 		return float64(took[min(len(took)*percent/100, len(took)-1)].Microseconds()) / 1000
 	}
 	check(json.NewEncoder(os.Stdout).Encode(map[string]any{
-		"writes": len(took), "p50_ms": at(50), "p99_ms": at(99), "max_ms": at(100),
+		"writes": len(took), "p50_ms": at(50), "p95_ms": at(95), "p99_ms": at(99), "max_ms": at(100),
 	}))
 }
 
