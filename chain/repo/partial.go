@@ -248,15 +248,18 @@ func (p *Partial) Finish(ctx context.Context, disk string) (int64, chain.Sums, e
 	delete(p.images, disk)
 	p.mu.Unlock()
 	defer f.Close()
-	if err := f.Sync(); err != nil {
-		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
-	}
 	info, err := f.Stat()
 	if err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
 	}
 	size := info.Size()
+	// The one waits for the disk, the other needs the processors.
+	synced := make(chan error, 1)
+	go func() { synced <- f.Sync() }()
 	computed, err := ComputeSums(ctx, f, size, nil, nil)
+	if err := <-synced; err != nil {
+		return 0, chain.Sums{}, fmt.Errorf("disk %s: %w", disk, err)
+	}
 	if err != nil {
 		return 0, chain.Sums{}, fmt.Errorf("disk %s: check sums: %w", disk, err)
 	}

@@ -21,7 +21,7 @@ var (
 )
 
 // How long a full and an increment of a tenth of the disk take, from beginning to end, beside the time in which QEMU's own
-// jobs copied (job), and of a full to a fast target beside cp of as much data, and a sync. The fast target is a local folder,
+// jobs copied (job); what qmchain itself took (tool), and QEMU's answers to all else (qmp); and of a full to a fast target beside cp of as much data, and a sync. The fast target is a local folder,
 // the slow one takes 5 MB/s. The guest does nothing.
 func BenchmarkBackup(b *testing.B) {
 	b.Run("target=fast", func(b *testing.B) { backups(b, b.TempDir(), bytesOf(b, *backupSize), true) })
@@ -54,6 +54,8 @@ func backups(b *testing.B, dir string, size int64, copied bool) {
 		parts := log.parts(began, time.Now())
 		r.add("ours-"+string(level), parts["total"].Seconds())
 		r.add("job-"+string(level), parts["copy"].Seconds())
+		r.add(string(level)+"-qmp", parts["qmp"].Seconds())
+		r.add(string(level)+"-tool", parts["tool"].Seconds())
 	}
 	cp := func() {
 		dropCache(b, raw) // QEMU reads the guest's disk past the cache as well
@@ -85,6 +87,9 @@ func backups(b *testing.B, dir string, size int64, copied bool) {
 	record(b, r.beside("full", "s", "job"), r.beside("inc", "s", "job"))
 	if copied {
 		record(b, r.beside("full", "s", "cp"))
+	}
+	for _, level := range []string{"full", "inc"} {
+		record(b, r.alone(level+"-qmp", "s"), r.alone(level+"-tool", "s"))
 	}
 	b.Logf("%v; load %s", r, load())
 }
