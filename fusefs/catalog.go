@@ -556,15 +556,9 @@ func (l *listing) warning(m *chain.Manifest, disk string) string {
 // needs none of it.
 func (l *listing) damage() (repo.Damaged, error) {
 	l.verified.Do(func() {
-		r := source.Repository(l.set)
-		if r == nil || len(l.from.All) == 0 {
-			return
+		if len(l.from.All) > 0 {
+			l.damaged, l.unknown = source.Damaged(l.set, l.from.All[0].Guest.Name, l.from)
 		}
-		g, err := r.Guest(l.from.All[0].Guest.Name)
-		if err == nil {
-			l.damaged, err = g.Damaged(l.from.All)
-		}
-		l.unknown = err
 	})
 	return l.damaged, l.unknown
 }

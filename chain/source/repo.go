@@ -55,6 +55,20 @@ func Repository(s Set) *repo.Repo {
 	return nil
 }
 
+// Damaged is what verify has found damaged of a guest's points, and not found good since. It looks at no image. Of a foreign set
+// nobody keeps it.
+func Damaged(s Set, guest string, of *Points) (repo.Damaged, error) {
+	r := Repository(s)
+	if r == nil {
+		return nil, nil
+	}
+	g, err := r.Guest(guest)
+	if err != nil {
+		return nil, err
+	}
+	return g.Damaged(of.All)
+}
+
 func (s *repoSet) Dir() string               { return s.repo.Dir }
 func (s *repoSet) Kind() Kind                { return Qmchain }
 func (s *repoSet) Guests() ([]string, error) { return s.repo.Guests() }

@@ -14,6 +14,7 @@ import (
 	"qmchain/chain"
 	"qmchain/chain/image"
 	"qmchain/chain/qcow2"
+	"qmchain/chain/source"
 	"qmchain/chain/virtnbd"
 )
 
@@ -84,6 +85,9 @@ func (j *Job) look() error {
 	if j.points, err = j.guest.Points(); err != nil {
 		return err
 	}
+	if j.damaged, err = source.Damaged(j.req.Set, j.guest.Name(), j.points); err != nil {
+		j.req.Log.Warnf("what verify has found is not known: %v", err)
+	}
 	until, err := j.resolve(j.req.Until)
 	if err != nil {
 		return err
@@ -100,7 +104,7 @@ func (j *Job) look() error {
 		j.disks = append(j.disks, d)
 	}
 	j.Plan.Guest, j.Plan.Until = j.guest.Name(), until.ID
-	j.Plan.Doubts = j.doubts(until, names)
+	j.doubt(until, names)
 	return nil
 }
 
@@ -213,14 +217,18 @@ func (j *Job) linkOf(l chain.Layer) (link, error) {
 	return link{l, file, state}, nil
 }
 
-// doubts are the warnings about disks of a point.
-func (j *Job) doubts(m *chain.Manifest, names []string) (doubts []error) {
+// doubt adds what speaks against disks of a point to the plan.
+func (j *Job) doubt(m *chain.Manifest, names []string) {
 	for _, w := range j.points.Warnings {
 		if w.Point == string(m.ID) && (w.Disk == "" || slices.Contains(names, w.Disk)) {
-			doubts = append(doubts, fmt.Errorf("%s, disk %s: %w", w.Point, w.Disk, w.Err))
+			j.Plan.Doubts = append(j.Plan.Doubts, fmt.Errorf("%s, disk %s: %w", w.Point, w.Disk, w.Err))
 		}
 	}
-	return doubts
+	for _, name := range names {
+		if v, ok := j.damaged[m.Ref(name)]; ok {
+			j.Plan.Damage = append(j.Plan.Damage, fmt.Errorf("%s, disk %s: %w", m.ID, name, v.Err()))
+		}
+	}
 }
 
 // unchanged makes sure that the files that were read are still what they were.

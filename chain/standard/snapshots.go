@@ -46,7 +46,7 @@ func (j *Job) statesOf(d *disk) ([]state, error) {
 		default:
 			all = append(all, s)
 			if m != d.point {
-				j.Plan.Doubts = append(j.Plan.Doubts, j.doubts(m, []string{name})...)
+				j.doubt(m, []string{name})
 			}
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/image"
+	"qmchain/chain/repo"
 	"qmchain/chain/source"
 	"qmchain/internal/durable"
 )
@@ -112,6 +113,8 @@ type Plan struct {
 	Results []Result `json:"results"`
 	// Doubts speak against disks being what the guest had, though they can be read.
 	Doubts []error `json:"-"`
+	// Damage is what verify has found of disks that can be read all the same. Each wraps chain.ErrDamaged.
+	Damage []error `json:"-"`
 }
 
 // Job is a request that can be carried out. It is not for concurrent use.
@@ -121,6 +124,7 @@ type Job struct {
 	req     Request
 	guest   source.Guest
 	points  *source.Points
+	damaged repo.Damaged // what verify has found
 	pool    *image.Pool
 	disks   []*disk
 	steps   []step

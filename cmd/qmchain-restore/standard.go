@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -93,7 +94,7 @@ func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, comm
 		return err
 	}
 	defer job.Close()
-	for _, d := range job.Plan.Doubts {
+	for _, d := range slices.Concat(job.Plan.Damage, job.Plan.Doubts) {
 		u.Log.Warnf("%v", d)
 	}
 	if !c.DryRun {
@@ -109,7 +110,12 @@ func (c *standardFlags) run(ctx context.Context, u *ui.UI, fsys durable.FS, comm
 		tell = u.Result
 	}
 	err = tell(c.JSON, standardPlan{&job.Plan, c.DryRun}, func(w io.Writer) error { return printStandard(w, &job.Plan, c.DryRun) })
-	if err == nil && !c.DryRun && len(job.Plan.Doubts) > 0 {
+	switch {
+	case err != nil || c.DryRun:
+	case len(job.Plan.Damage) > 0:
+		err = fmt.Errorf("the images are made of what is there now, which is not what the guest had: %w", job.Plan.Damage[0])
+		return ui.Exit(ui.ExitDamaged, ui.Hint(err, "`qmchain-restore verify` names the points that are still good; --until takes one"))
+	case len(job.Plan.Doubts) > 0:
 		return ui.Exit(ui.ExitPartly, errors.New("this may not be what the guest had: see the warnings"))
 	}
 	return err

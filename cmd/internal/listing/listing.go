@@ -158,7 +158,7 @@ func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (e
 			}
 			g := guest{name: name, of: of, err: err}
 			if err == nil {
-				g.damaged, g.unknown = damagedOf(set, name, of)
+				g.damaged, g.unknown = source.Damaged(set, name, of)
 			}
 			select {
 			case read <- g:
@@ -188,19 +188,6 @@ func (c *Command) each(ctx context.Context, set source.Set, do func(listing)) (e
 			do(found)
 		}
 	}
-}
-
-// damagedOf is what verify has found damaged of a guest's points; of a foreign set nobody keeps it.
-func damagedOf(set source.Set, name string, of *source.Points) (repo.Damaged, error) {
-	r := source.Repository(set)
-	if r == nil {
-		return nil, nil
-	}
-	g, err := r.Guest(name)
-	if err != nil {
-		return nil, err
-	}
-	return g.Damaged(of.All)
 }
 
 func listingOf(name string, of *source.Points, damaged repo.Damaged) (found listing) {

@@ -210,15 +210,7 @@ func (p *Point) OpenDisks(names []string) (disks []Disk, closeAll func(), err er
 // Damage returns what verify has found wrong with the images that disks are read from, though they can be opened: by the
 // disk, errors that wrap chain.ErrDamaged. It looks at no image. Its own error says that what was found is not known.
 func (p *Point) Damage(names []string) (found map[string]repo.Verified, err error) {
-	r := source.Repository(p.Set)
-	if r == nil {
-		return nil, nil // nobody keeps it of a foreign set
-	}
-	g, err := r.Guest(p.Guest.Name)
-	if err != nil {
-		return nil, err
-	}
-	damaged, err := g.Damaged(p.From.All)
+	damaged, err := source.Damaged(p.Set, p.Guest.Name, p.From)
 	found = map[string]repo.Verified{}
 	for _, name := range names {
 		if v, ok := damaged[p.Ref(name)]; ok {
