@@ -59,7 +59,7 @@ bench: ## benchmarks beside other programs: BENCHMARKS.md and its plots (as root
 	@internal/testenv/setup.sh bench
 	@$(GO) run ./internal/bench/run -form quick -only '$(ONLY)'
 
-bench-full: ## the same with larger disks, longer chains and more rounds (a good hour)
+bench-full: ## the same with larger disks, longer chains and more rounds (an hour)
 	@internal/testenv/setup.sh bench
 	@$(GO) run ./internal/bench/run -form full -only '$(ONLY)'
 

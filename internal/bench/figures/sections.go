@@ -80,7 +80,8 @@ uses these, and all processors. Warm.`,
 	{
 		title: "Backing up",
 		text: `A whole run, from connecting to the committed point, beside the time in which QEMU's own jobs copied within that run. Of fulls, also beside cp of
-as much data, and a sync. Neither the disk nor what is copied is in the page cache. Onto a fast target, and onto one that takes 5 MB/s. Increments are of a tenth of the disk.`,
+as much data, and a sync. Neither the disk nor what is copied is in the page cache. Onto a fast target, and onto one that takes 5 MB/s. Increments
+are of a tenth of the disk.`,
 		cases: regexp.MustCompile(`^Backup/(.*)`),
 	},
 	{
@@ -145,9 +146,9 @@ var names = map[string]string{
 	"deep":            "verify --deep",
 	"full":            "full",
 	"inc":             "increment",
-	"full-qmp":        "… full: QEMU's answers, its syncs among them",
+	"full-qmp":        "… full: QEMU's answers",
 	"inc-qmp":         "… increment: QEMU's answers",
-	"full-tool":       "… full: qmchain's own, check sums above all",
+	"full-tool":       "… full: qmchain's own, check sums and syncs above all",
 	"inc-tool":        "… increment: qmchain's own",
 	"total":           "all of it",
 	"tool":            "… qmchain's own",

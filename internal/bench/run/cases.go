@@ -13,7 +13,7 @@ type benchCase struct {
 	flags map[string]string
 }
 
-// The forms of a run. On two idle processors the quick one takes below ten minutes, the full one a good hour. What smoke finds means nothing: it shows
+// The forms of a run. On two idle processors the quick one takes below ten minutes, the full one about an hour. What smoke finds means nothing: it shows
 // that all benchmarks work.
 const smoke, quick, full = "smoke", "quick", "full"
 
@@ -22,22 +22,22 @@ var cases = []benchCase{
 	{"Mount", map[string]string{
 		smoke: "-mount-size 64MiB -mount-lengths 1,10 -mount-window 50ms -mount-rounds 1 -mount-files 500 -mount-text 32MiB",
 		quick: "-mount-size 192MiB -mount-lengths 1,10,50,200,365 -mount-window 150ms -mount-rounds 3 -mount-files 10000 -mount-text 128MiB",
-		full:  "-mount-size 1GiB -mount-lengths 1,10,50,200,365 -mount-window 500ms -mount-rounds 7 -mount-files 50000 -mount-text 256MiB",
+		full:  "-mount-size 1GiB -mount-lengths 1,10,50,200,365 -mount-window 500ms -mount-rounds 5 -mount-files 50000 -mount-text 256MiB",
 	}},
 	{"Restore", map[string]string{
 		smoke: "-restore-data 64MiB -restore-change 1MiB -restore-lengths 1,10 -restore-rounds 1",
 		quick: "-restore-data 300MiB -restore-change 2MiB -restore-lengths 1,30,200 -restore-rounds 3",
-		full:  "-restore-data 1300MiB -restore-change 5MiB -restore-lengths 1,30,200,365 -restore-rounds 7",
+		full:  "-restore-data 1300MiB -restore-change 5MiB -restore-lengths 1,30,200,365 -restore-rounds 5",
 	}},
 	{"Verify", map[string]string{
 		smoke: "-verify-size 32MiB -verify-lengths 1,5 -verify-rounds 1",
 		quick: "-verify-size 256MiB -verify-lengths 1,50 -verify-rounds 3",
-		full:  "-verify-size 1GiB -verify-lengths 1,50,200 -verify-rounds 7",
+		full:  "-verify-size 1GiB -verify-lengths 1,50,200 -verify-rounds 5",
 	}},
 	{"Backup", map[string]string{
 		smoke: "-backup-size 64MiB -backup-slow-size 10MiB -backup-rounds 1",
 		quick: "-backup-size 512MiB -backup-slow-size 20MiB -backup-rounds 3",
-		full:  "-backup-size 2GiB -backup-slow-size 50MiB -backup-rounds 7",
+		full:  "-backup-size 2GiB -backup-slow-size 50MiB -backup-rounds 5",
 	}},
 	{"IdleIncrement", map[string]string{smoke: "", quick: "-test.benchtime 10x", full: "-test.benchtime 50x"}},
 	{"PeakMemory", map[string]string{smoke: "", quick: "-test.benchtime 2x", full: "-test.benchtime 7x"}},
