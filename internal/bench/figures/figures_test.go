@@ -149,7 +149,9 @@ func TestFallen(t *testing.T) {
 		"a fifth less is not more than that": {[]float64{10, 9, 11}, []float64{8, 8, 8}, false},
 		"more than a fifth less":             {[]float64{10, 9, 11}, []float64{7.9, 7.9, 7.9}, true},
 		"one bad round":                      {[]float64{10, 9, 11}, []float64{10, 1, 11}, false},
-		"one bad round in the record":        {[]float64{10, 5, 11}, []float64{6, 6, 6}, true},
+		"one good round below the median":    {[]float64{10, 9, 11}, []float64{7, 7, 9.5}, true},
+		"it varied as much before":           {[]float64{10, 5, 11}, []float64{6, 6, 6}, false},
+		"below all of what varied":           {[]float64{10, 5, 11}, []float64{4, 4, 4.5}, true},
 		"varies as much now":                 {[]float64{10, 9, 11}, []float64{6, 6, 10}, false},
 	} {
 		falls := Fallen(Run{Figures: []Figure{figure(c.was...)}}, Run{Figures: []Figure{figure(c.now...)}})

@@ -23,9 +23,9 @@ func (f Fall) String() string {
 		number(f.Was.Median), number(f.Was.Min), number(f.Was.Max))
 }
 
-// Fallen are the ratios that have fallen since the run before by more than a fifth, and that have not reached what they were in any
-// round now: what varies by so much from round to round is no fall. Those of cases that failed are missing. Times are not
-// looked at.
+// Fallen are the ratios that have fallen since the run before by more than a fifth, and have not reached what they were in any round
+// now. What has varied by more than a fifth before must be below all of what it was: the same again is no fall. Ratios of cases
+// that failed are missing. Times are not looked at.
 func Fallen(before, now Run) []Fall {
 	var falls []Fall
 	for _, was := range before.Figures {
@@ -40,7 +40,11 @@ func Fallen(before, now Run) []Fall {
 			continue
 		}
 		fall.Now = SpreadOf(now.Figures[i].Ratios())
-		if fall.Now.Median < tolerated*fall.Was.Median && fall.Now.Max < fall.Was.Median {
+		least := fall.Was.Median
+		if fall.Was.Min < tolerated*fall.Was.Median {
+			least = fall.Was.Min
+		}
+		if fall.Now.Median < tolerated*fall.Was.Median && fall.Now.Max < least {
 			falls = append(falls, fall)
 		}
 	}
