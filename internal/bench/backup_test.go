@@ -21,7 +21,8 @@ var (
 )
 
 // How long a full and an increment of a tenth of the disk take, from beginning to end, beside the time in which QEMU's own
-// jobs copied (job); what qmchain itself took (tool), and QEMU's answers to all else (qmp); and of a full to a fast target beside cp of as much data, and a sync. The fast target is a local folder,
+// jobs copied (job); what qmchain itself took (tool), and QEMU's answers to all else (qmp); and of a full to a fast target beside
+// cp of as much data, and a sync. The fast target is a local folder,
 // the slow one takes 5 MB/s. The guest does nothing.
 func BenchmarkBackup(b *testing.B) {
 	b.Run("target=fast", func(b *testing.B) { backups(b, b.TempDir(), bytesOf(b, *backupSize), true) })
