@@ -14,7 +14,6 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
-	"qmchain/chain/repo"
 	"qmchain/cmd/internal/points"
 	"qmchain/internal/durable"
 	"qmchain/internal/ui"
@@ -123,15 +122,10 @@ func (c *imageCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS) error {
 	for _, d := range doubts {
 		u.Log.Warn(d)
 	}
-	var looks []repo.Verified
-	if c.Verify && !c.DryRun {
-		look, err := p.checkSums(ctx, u, names)
-		if err != nil {
-			return err
-		}
-		looks = append(looks, look)
+	damage, err := p.damageNow(ctx, u, names, c.Verify && !c.DryRun)
+	if err != nil {
+		return err
 	}
-	damage := p.damage(u, names, looks...)
 	for i, name := range names {
 		if damage[name] != nil {
 			done.Disks[i].Damage = damage[name].Error()

@@ -50,6 +50,19 @@ func (p *point) damage(u *ui.UI, names []string, looks ...repo.Verified) map[str
 	return damage
 }
 
+// damageNow is damage; if asked to compare, after the check sums of the disks were found good. An error says that they were not, or
+// could not be compared.
+func (p *point) damageNow(ctx context.Context, u *ui.UI, names []string, compare bool) (map[string]error, error) {
+	if !compare {
+		return p.damage(u, names), nil
+	}
+	look, err := p.checkSums(ctx, u, names)
+	if err != nil {
+		return nil, err
+	}
+	return p.damage(u, names, look), nil
+}
+
 // notReplaced refuses to write what is known to be damaged over something that may be good.
 func (p *point) notReplaced(damage error, over, hint string) error {
 	err := fmt.Errorf("%s: nothing is restored: %s is not replaced with what is known to be damaged: %w", p.Name(), over, damage)

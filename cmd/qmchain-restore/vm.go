@@ -14,7 +14,6 @@ import (
 
 	"qmchain/chain"
 	"qmchain/chain/export"
-	"qmchain/chain/repo"
 	"qmchain/cmd/internal/points"
 	"qmchain/fusefs"
 	"qmchain/internal/durable"
@@ -131,15 +130,10 @@ func (c *vmCmd) Run(ctx context.Context, u *ui.UI, fsys durable.FS, host proxmox
 	for _, n := range plan.Notes {
 		u.Log.Warn(n.Text)
 	}
-	var looks []repo.Verified
-	if c.Verify && !c.DryRun {
-		look, err := p.checkSums(ctx, u, names)
-		if err != nil {
-			return err
-		}
-		looks = append(looks, look)
+	damage, err := p.damageNow(ctx, u, names, c.Verify && !c.DryRun)
+	if err != nil {
+		return err
 	}
-	damage := p.damage(u, names, looks...)
 	out := c.result(p, plan, sizes)
 	for _, name := range names {
 		if damage[name] != nil {
